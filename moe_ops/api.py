@@ -1,0 +1,172 @@
+"""The public functions: typed and documented, one op call each."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from moe_ops import registration
+from moe_ops.dispatch import Plan
+from moe_ops.problem import Arguments
+from moe_ops.routing import Routing
+
+
+def fused_moe(
+    hidden_states: Tensor,
+    w1: Tensor,
+    w2: Tensor,
+    topk_weights: Tensor,
+    topk_ids: Tensor,
+    w1_bias: Tensor | None = None,
+    w2_bias: Tensor | None = None,
+    w1_scale: Tensor | None = None,
+    w2_scale: Tensor | None = None,
+    w1_zero_point: Tensor | None = None,
+    w2_zero_point: Tensor | None = None,
+    a1_scale: Tensor | None = None,
+    a2_scale: Tensor | None = None,
+    expert_map: Tensor | None = None,
+    *,
+    activation: str = "silu",
+    activation_alpha: float | None = None,
+    activation_limit: float | None = None,
+    gate_up_layout: str = "concatenated",
+    quantization: str = "none",
+    block_shape: Sequence[int] | None = None,
+    apply_router_weight_on_input: bool = False,
+    routed_scaling_factor: float = 1.0,
+    reduce_topk: bool = True,
+    deterministic: bool = True,
+    path: str = "auto",
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Runs a Mixture-of-Experts feed-forward block: gather, up GEMM, activation, down GEMM, combine.
+
+    With e = topk_ids[m, k]::
+
+        out[m] = routed_scaling_factor
+                 * sum_k topk_weights[m, k] * (act(x[m] @ w1[e]^T + b1[e]) @ w2[e]^T + b2[e])
+
+    Matrix products, bias, activation and the sum over k are computed in fp32. The activation, each route's output
+    and the result are rounded once, to the dtype of `hidden_states` and of the result; on the CPU in 16 bits the up
+    projection may be rounded once more. This is `torch.ops.moe_ops.fused_moe_tma` with types and a docstring.
+
+    Args:
+        hidden_states: x, [M, H], bfloat16, float16 or float32; any strides. M may be 0.
+        w1: gate and up weights, [E, 2 * I, H], or [E, I, H] for an activation that ends in "_no_gate"; the dtype of
+            `hidden_states`; any strides (K-major and N-major ones can go by TMA).
+        w2: down weights, [E, H, I], likewise.
+        topk_weights: routing weights, [M, top_k], any floating-point dtype of at least 16 bits.
+        topk_ids: expert of each route, [M, top_k], int32 or int64. A route whose id is not in 0 .. E - 1 contributes
+            exactly 0, whatever its weight. Duplicate ids add up; top_k may exceed E.
+        w1_bias: [E, rows of w1] in the row order of `w1`, the dtype of `hidden_states` or float32.
+        w2_bias: [E, H], likewise.
+        w1_scale: scales of quantised `w1`.
+        w2_scale: scales of quantised `w2`.
+        w1_zero_point: zero points of quantised `w1`.
+        w2_zero_point: zero points of quantised `w2`.
+        a1_scale: scales of quantised `hidden_states`.
+        a2_scale: static scale of the quantised activation.
+        expert_map: [E_global] int32. `topk_ids` then index it, and its values are the experts; a value outside
+            0 .. E - 1 drops the route.
+        activation: "silu", "gelu" (erf), "gelu_tanh", "swigluoai" (gpt-oss: g * sigmoid(alpha * g) * (u + 1)), or
+            without a gate "silu_no_gate", "gelu_no_gate", "relu2_no_gate" (relu(x)^2).
+        activation_alpha: alpha of "swigluoai"; 1.702 by default.
+        activation_limit: clamps the gate to at most this, and up to +- this, before a "silu" (default: no clamp) or
+            "swigluoai" (default: 7.0) activation.
+        gate_up_layout: order of the rows of `w1`: "concatenated" (I gate rows, I up rows) or "interleaved" (g0, u0,
+            g1, u1, ...).
+        quantization: weight format; "none", or a format this version does not have yet.
+        block_shape: block of the quantisation scales.
+        apply_router_weight_on_input: the routing weight multiplies x @ w1^T, in fp32 and before the bias, and not the
+            output.
+        routed_scaling_factor: multiplies the result.
+        reduce_topk: False returns the routes, weighted and scaled, instead of their sum.
+        deterministic: True: equal inputs give equal bits. False permits a combine whose order of additions varies.
+        path: "auto" (TMA on NVIDIA GPUs of compute capability 9.0 and later where the weights can be described to it,
+            else the classic kernels, the CPU kernel for CPU tensors), "tma", "classic", or "reference" (float64, slow).
+        out_dtype: dtype of the result; by default that of `hidden_states`.
+
+    Returns:
+        [M, H], or [M, top_k, H] with `reduce_topk=False`; contiguous, on the device of `hidden_states`.
+
+    Raises:
+        ValueError: a shape, device, option or combination of options is wrong, or `path` cannot run; the message names
+            the argument, what it got, what it expected, and the way out.
+        TypeError: a dtype is wrong.
+        NotImplementedError: a quantisation format that is not available; or a backward pass was run.
+
+    Example:
+        >>> import torch, moe_ops
+        >>> num_tokens, hidden, intermediate, experts, top_k = 5, 64, 32, 4, 2
+        >>> x = torch.randn(num_tokens, hidden)
+        >>> w1 = torch.randn(experts, 2 * intermediate, hidden) / hidden**0.5
+        >>> w2 = torch.randn(experts, hidden, intermediate) / intermediate**0.5
+        >>> scores = torch.randn(num_tokens, experts).softmax(-1)
+        >>> topk_weights, topk_ids = scores.topk(top_k)
+        >>> moe_ops.fused_moe(x, w1, w2, topk_weights, topk_ids).shape
+        torch.Size([5, 64])
+
+    Source:
+        The fused MoE kernels of vLLM and SGLang for the layout of the operands; gpt-oss for "swigluoai".
+    """
+    return torch.ops.moe_ops.fused_moe_tma(
+        hidden_states, w1, w2, topk_weights, topk_ids, w1_bias, w2_bias, w1_scale, w2_scale, w1_zero_point,
+        w2_zero_point, a1_scale, a2_scale, expert_map,
+        activation=activation, activation_alpha=activation_alpha, activation_limit=activation_limit,
+        gate_up_layout=gate_up_layout, quantization=quantization, block_shape=block_shape,
+        apply_router_weight_on_input=apply_router_weight_on_input, routed_scaling_factor=routed_scaling_factor,
+        reduce_topk=reduce_topk, deterministic=deterministic, path=path, out_dtype=out_dtype,
+    )  # fmt: skip
+
+
+def explain(*args, **kwargs) -> Plan:
+    """Says how `fused_moe` would run a call: the path, why, the tiles and the workspace. Runs nothing.
+
+    Args:
+        *args: as `fused_moe`. The tensors may be on the meta device.
+        **kwargs: as `fused_moe`.
+
+    Returns:
+        A `Plan`; `print` it to read it.
+
+    Raises:
+        ValueError, TypeError, NotImplementedError: as `fused_moe` would.
+
+    Example:
+        >>> import torch, moe_ops
+        >>> x, ids = torch.randn(1, 16), torch.zeros(1, 1, dtype=torch.int32)
+        >>> plan = moe_ops.explain(x, torch.randn(2, 16, 16), torch.randn(2, 16, 8), torch.ones(1, 1), ids)
+        >>> plan.path, plan.reason
+        ('cpu', 'the tensors are on the CPU')
+    """
+    return registration.plan(Arguments(*args, **kwargs))[1]
+
+
+def route(topk_ids: Tensor, num_experts: int, block: int, expert_map: Tensor | None = None) -> Routing:
+    """Sorts routes by expert, each expert padded to whole blocks of rows: the order all stages of the op share.
+
+    Route r = m * top_k + k has row inverse[r]. Routes of one expert keep their order (a stable sort), so equal inputs
+    give equal results. On CUDA nothing is read back to the host.
+
+    Args:
+        topk_ids: [M, top_k] int32 or int64; any values: those that are not an expert's are dropped.
+        num_experts: E, at least 1.
+        block: rows of a block, 1 to 1024.
+        expert_map: [E_global] int32, or None; see `fused_moe`.
+
+    Returns:
+        A `Routing` of four int32 tensors: `sorted_routes` [max_tiles * block] (R = M * top_k in padding rows),
+        `tile_experts` [max_tiles] (-1 past the last block), `num_padded` [1], `inverse` [R] (-1 for a dropped route).
+
+    Raises:
+        ValueError: a shape, size or device is wrong.
+        TypeError: a dtype is wrong.
+
+    Example:
+        >>> import torch, moe_ops
+        >>> routing = moe_ops.route(torch.tensor([[1, 0], [1, 7]]), num_experts=2, block=2)
+        >>> routing.sorted_routes.tolist(), routing.inverse.tolist(), routing.num_padded.tolist()
+        ([1, 4, 0, 2, 4, 4], [2, 0, 3, -1], [4])
+    """
+    return Routing(*torch.ops.moe_ops.route(topk_ids, num_experts, block, expert_map))

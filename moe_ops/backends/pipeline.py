@@ -1,0 +1,123 @@
+"""The chain of launches that the Triton paths share: route, up GEMM, down GEMM, combine."""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+
+from moe_ops.backends.launch import launch, on_device
+from moe_ops.backends.routing import sort_routes
+from moe_ops.dispatch import Plan, row_stride
+from moe_ops.kernels.combine import combine_kernel
+from moe_ops.kernels.grouped_gemm import down_kernel, up_kernel
+from moe_ops.problem import Arguments, Problem
+from moe_ops.routing import Routing
+
+_COMBINE_UNROLL = 8
+_COMBINE_COLUMNS = 1024
+
+
+@dataclass(frozen=True)
+class Operands:
+    """How the GEMMs reach their operands: a descriptor where there is one, the tensor itself otherwise."""
+
+    w1_desc: object | None
+    w2_desc: object | None
+    act_desc: object | None
+
+
+def run(args: Arguments, problem: Problem, plan: Plan, out: Tensor, describe_operands) -> Tensor:
+    """Runs a call on a Triton path.
+
+    Args:
+        args: the call.
+        problem: its description.
+        plan: path and tiles.
+        out: the result, of `problem.out_shape`, any strides; written.
+        describe_operands: (args, problem, plan, act) -> Operands, the path's own part.
+
+    Returns:
+        out.
+    """
+    if problem.num_routes == 0:
+        return out
+    hidden_states = args.hidden_states
+    with on_device(hidden_states):
+        routing = sort_routes(args.topk_ids, problem.num_experts, plan.block_m, args.expert_map)
+        router_weights = args.topk_weights.contiguous()
+        act = _workspace(hidden_states, plan.max_rows, problem.intermediate_size)
+        operands = describe_operands(args, problem, plan, act)
+        _up(args, problem, plan, operands, routing, router_weights, act)
+        rows = _workspace(hidden_states, plan.max_rows, problem.hidden_size)
+        _down(args, problem, plan, operands, routing, act, rows)
+        combine(problem, rows, routing.inverse, None if problem.router_weight_on_input else router_weights, out)
+    return out
+
+
+def _workspace(like: Tensor, num_rows: int, columns: int) -> Tensor:
+    """[num_rows, columns] whose rows TMA can step over."""
+    return like.new_empty((num_rows, row_stride(columns, like.element_size())))[:, :columns]
+
+
+def _bias(bias: Tensor | None) -> tuple[Tensor | None, int]:
+    if bias is None:
+        return None, 0
+    bias = bias if bias.stride(1) == 1 else bias.contiguous()
+    return bias, bias.stride(0)
+
+
+def _up(args, problem: Problem, plan: Plan, operands: Operands, routing: Routing, router_weights, act: Tensor) -> None:
+    config, activation, w1 = plan.up, problem.activation, args.w1
+    bias, stride_be = _bias(args.w1_bias)
+    launch(
+        up_kernel, plan.max_tiles * triton.cdiv(problem.intermediate_size, config.block_n),
+        args.hidden_states, operands.w1_desc, None if operands.w1_desc is not None else w1, bias,
+        router_weights if problem.router_weight_on_input else None,
+        act, routing.sorted_routes, routing.tile_experts, routing.num_padded,
+        problem.num_routes, problem.hidden_size, problem.intermediate_size, problem.alpha or 0.0, problem.limit or 0.0,
+        *args.hidden_states.stride(), *w1.stride(), stride_be, act.stride(0),
+        TOP_K=problem.top_k, ACTIVATION=activation.name, GATED=activation.gated,
+        INTERLEAVED=problem.gate_up_layout == "interleaved", HAS_LIMIT=problem.limit is not None,
+        N_MAJOR=w1.stride(2) != 1, **_tile(config, problem.hidden_size, w1.dtype),
+    )  # fmt: skip
+
+
+def _down(args, problem: Problem, plan: Plan, operands: Operands, routing: Routing, act: Tensor, rows: Tensor) -> None:
+    config, w2 = plan.down, args.w2
+    bias, stride_be = _bias(args.w2_bias)
+    launch(
+        down_kernel, plan.max_tiles * triton.cdiv(problem.hidden_size, config.block_n),
+        operands.act_desc, None if operands.act_desc is not None else act,
+        operands.w2_desc, None if operands.w2_desc is not None else w2, bias,
+        rows, routing.sorted_routes, routing.tile_experts, routing.num_padded,
+        problem.num_routes, problem.hidden_size, problem.intermediate_size,
+        act.stride(0), *w2.stride(), stride_be, rows.stride(0),
+        N_MAJOR=w2.stride(2) != 1, **_tile(config, problem.intermediate_size, w2.dtype),
+    )  # fmt: skip
+
+
+def _tile(config, reduction: int, dtype: torch.dtype) -> dict[str, object]:
+    return {
+        "EVEN_K": reduction % config.block_k == 0,
+        "PRECISION": "ieee" if dtype == torch.float32 else None,
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "BLOCK_K": config.block_k,
+        "GROUP_M": config.group_m,
+        "num_warps": config.num_warps,
+        "num_stages": config.num_stages,
+    }
+
+
+def combine(problem: Problem, rows: Tensor, inverse: Tensor, router_weights: Tensor | None, out: Tensor) -> None:
+    """out[m] = factor * sum_k weight[m, k] * rows[inverse[m, k]]; the summands with `reduce_topk=False`."""
+    block_h = min(_COMBINE_COLUMNS, triton.next_power_of_2(problem.hidden_size))
+    stride_om, stride_ok, stride_oh = (out.stride(0), 0, out.stride(1)) if problem.reduce_topk else out.stride()
+    launch(
+        combine_kernel, problem.num_tokens * triton.cdiv(problem.hidden_size, block_h),
+        rows, inverse, router_weights, out, problem.routed_scaling_factor, problem.hidden_size,
+        rows.stride(0), stride_om, stride_ok, stride_oh,
+        TOP_K=problem.top_k, UNROLL=min(_COMBINE_UNROLL, triton.next_power_of_2(problem.top_k)),
+        REDUCE=problem.reduce_topk, BLOCK_H=block_h, num_warps=4,
+    )  # fmt: skip

@@ -1,0 +1,53 @@
+"""Launches of the routing sort."""
+
+import torch
+import triton
+from torch import Tensor
+
+from moe_ops.backends.launch import launch, on_device
+from moe_ops.kernels import route as kernels
+from moe_ops.routing import Routing, empty_routing
+
+_SMALL_ROUTES = 1024
+_CHUNK = 128
+_TILES = 32
+
+
+def sort_routes(topk_ids: Tensor, num_experts: int, block: int, expert_map: Tensor | None = None) -> Routing:
+    """Sorts the routes of `topk_ids` [M, top_k] by expert on the tensor's device, without a host sync."""
+    routing = empty_routing(topk_ids, num_experts, block)
+    num_routes, max_tiles = routing.inverse.numel(), routing.tile_experts.numel()
+    if num_routes == 0:
+        routing.num_padded.zero_()
+        return routing
+    ids = topk_ids.contiguous()
+    num_ids = num_experts if expert_map is None else expert_map.shape[0]
+    sizes = {
+        "NUM_EXPERTS": num_experts,
+        "BINS": triton.next_power_of_2(num_experts + 1),
+        "BLOCK": block,
+        "BLOCK_POW2": triton.next_power_of_2(block),
+    }
+    outputs = (routing.sorted_routes, routing.tile_experts, routing.num_padded, routing.inverse)
+    with on_device(ids):
+        if num_routes <= _SMALL_ROUTES:
+            launch(
+                kernels.route_small_kernel, 1, ids, expert_map, *outputs, num_routes, max_tiles, num_ids,
+                **sizes, ROUTES=max(32, triton.next_power_of_2(num_routes)), STEP=32, TILES=_TILES,
+                num_warps=4 if num_routes <= 256 else 8,
+            )  # fmt: skip
+            return routing
+        num_chunks = triton.cdiv(num_routes, _CHUNK)
+        chunk_counts = ids.new_empty((num_experts, num_chunks), dtype=torch.int32)
+        counts = ids.new_empty((num_experts,), dtype=torch.int32)
+        launch(
+            kernels.count_kernel, num_chunks, ids, expert_map, chunk_counts, routing.inverse, num_routes, num_chunks,
+            num_ids, NUM_EXPERTS=num_experts, BINS=sizes["BINS"], CHUNK=_CHUNK, num_warps=4,
+        )  # fmt: skip
+        launch(kernels.scan_kernel, num_experts, chunk_counts, counts, num_chunks, STEP=1024, num_warps=4)
+        launch(
+            kernels.scatter_kernel, max(num_chunks, triton.cdiv(max_tiles, _TILES)), ids, expert_map, chunk_counts,
+            counts, *outputs, num_routes, num_chunks, max_tiles, num_ids, **sizes, CHUNK=_CHUNK, TILES=_TILES,
+            num_warps=4,
+        )  # fmt: skip
+    return routing

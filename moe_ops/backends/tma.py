@@ -1,0 +1,41 @@
+"""The TMA path: weights and the down GEMM's rows by descriptors made on the host and passed by value.
+
+A descriptor made on the host needs no scratch memory and no allocator, and a CUDA graph captures it like a pointer.
+"""
+
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from moe_ops.backends import pipeline
+from moe_ops.dispatch import Plan
+from moe_ops.problem import Arguments, Problem
+
+
+def run(args: Arguments, problem: Problem, plan: Plan, out: Tensor) -> Tensor:
+    """Runs a call on the TMA path; see `pipeline.run`."""
+    return pipeline.run(args, problem, plan, out, _describe_operands)
+
+
+def _describe_operands(args: Arguments, problem: Problem, plan: Plan, act: Tensor) -> pipeline.Operands:
+    up, down = plan.up, plan.down
+    halves = problem.activation.gated and problem.gate_up_layout == "concatenated"
+    interleaved = problem.activation.gated and not halves
+    return pipeline.Operands(
+        w1_desc=_weight_descriptor(args.w1, up.block_n * (2 if interleaved else 1), up.block_k, halves=halves),
+        w2_desc=_weight_descriptor(args.w2, down.block_n, down.block_k, halves=False),
+        act_desc=TensorDescriptor(act, list(act.shape), list(act.stride()), [down.block_m, down.block_k]),
+    )
+
+
+def _weight_descriptor(weight: Tensor, rows: int, block_k: int, *, halves: bool) -> TensorDescriptor:
+    """A descriptor of a weight [E, N, K], either K-major or N-major; the boxes are those of `kernels.grouped_gemm`."""
+    num_experts, n, k = weight.shape
+    expert, row, column = weight.stride()
+    shape, strides, box = [n], [row], [rows]
+    if halves:
+        shape, strides, box = [2, n // 2], [n // 2 * row, row], [2, rows]
+    if column == 1:
+        shape, strides, box = [*shape, k], [*strides, column], [*box, block_k]
+    else:
+        shape, strides, box = [k, *shape], [column, *strides], [block_k, *box]
+    return TensorDescriptor(weight, [num_experts, *shape], [expert, *strides], [1, *box])

@@ -1,0 +1,175 @@
+"""Problem + device -> Plan: which path runs, why, and with what tiles. Pure: nothing here touches a device."""
+
+import contextlib
+import contextvars
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from moe_ops import env
+from moe_ops.devices import Device
+from moe_ops.problem import Problem
+from moe_ops.routing import max_row_blocks
+from moe_ops.tuning import TileConfig, tile_configs
+
+# TMA: base addresses and all strides but the innermost in units of 16 bytes.
+_TMA_ALIGNMENT = 16
+_INTERPRETER_CURE = "set TRITON_INTERPRET=1 before the process starts to run Triton kernels on the CPU"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a call will run.
+
+    Attributes:
+        path: "tma", "classic", "cpu" or "reference".
+        reason: why this path, in words.
+        up: tile of the up GEMM; None on the paths without tiles.
+        down: tile of the down GEMM; None on the paths without tiles.
+        max_tiles: upper bound of the row blocks, from shapes alone.
+        workspace_bytes: device memory taken beside the result.
+    """
+
+    path: str
+    reason: str
+    up: TileConfig | None = None
+    down: TileConfig | None = None
+    max_tiles: int = 0
+    workspace_bytes: int = 0
+
+    @property
+    def block_m(self) -> int:
+        """Rows of a row block."""
+        return self.up.block_m
+
+    @property
+    def max_rows(self) -> int:
+        """Upper bound of the sorted rows, padding included."""
+        return self.max_tiles * self.block_m
+
+
+@dataclass(frozen=True)
+class Override:
+    """What `moe_ops.testing.override` forces."""
+
+    path: str | None = None
+    up: TileConfig | None = None
+    down: TileConfig | None = None
+
+
+_override: contextvars.ContextVar[Override | None] = contextvars.ContextVar("moe_ops_override", default=None)
+
+
+@contextlib.contextmanager
+def override(value: Override) -> Iterator[None]:
+    """Forces a path or tiles for the calls in the block; see `moe_ops.testing.override`."""
+    token = _override.set(value)
+    try:
+        yield
+    finally:
+        _override.reset(token)
+
+
+def make_plan(problem: Problem, device: Device) -> Plan:
+    """Chooses path and tiles.
+
+    Raises:
+        ValueError: the path that was asked for cannot run; the message says why and what to do.
+    """
+    forced = _override.get()
+    if forced is not None and forced.path is not None:
+        problem = replace(problem, path=forced.path)
+    path, reason = choose_path(problem, device)
+    if path in ("cpu", "reference"):
+        return Plan(path, reason)
+    up, down = tile_configs(problem, device, path, batch_invariant=env.batch_invariant())
+    if forced is not None:
+        up, down = forced.up or up, forced.down or down
+    if up.block_m != down.block_m:
+        raise ValueError(f"up.block_m is {up.block_m} and down.block_m {down.block_m}; both must be the same")
+    max_tiles = max_row_blocks(problem.num_routes, problem.num_experts, up.block_m)
+    return Plan(path, reason, up, down, max_tiles, _workspace_bytes(problem, max_tiles, up.block_m))
+
+
+def row_stride(columns: int, itemsize: int) -> int:
+    """Elements from one workspace row to the next: rounded up to what TMA can step over."""
+    unit = _TMA_ALIGNMENT // itemsize
+    return (columns + unit - 1) // unit * unit
+
+
+def _workspace_bytes(problem: Problem, max_tiles: int, block_m: int) -> int:
+    itemsize = problem.dtype.itemsize
+    columns = row_stride(problem.intermediate_size, itemsize) + row_stride(problem.hidden_size, itemsize)
+    rows = max_tiles * block_m
+    return rows * columns * itemsize + 4 * (rows + max_tiles + 1 + problem.num_routes)
+
+
+def choose_path(problem: Problem, device: Device) -> tuple[str, str]:
+    """(path, reason). Raises ValueError where the path that was asked for cannot run."""
+    asked = problem.path
+    if asked == "reference":
+        return "reference", "asked for"
+    if asked == "auto" and device.kind == "cpu":
+        return "cpu", "the tensors are on the CPU"
+    if asked in ("auto", "classic") or device.kind != "cuda":
+        obstacle = triton_obstacle(device)
+        if obstacle is not None:
+            asked_for = "" if asked == "auto" else f"path is {asked!r}, but "
+            raise ValueError(f"{asked_for}{obstacle}")
+    if asked == "classic":
+        return "classic", "asked for"
+    obstacle = tma_obstacle(problem, device)
+    if obstacle is None:
+        return "tma", "asked for" if asked == "tma" else "the device has TMA and the weights can be described to it"
+    if asked == "tma":
+        raise ValueError(f"path is 'tma', but {obstacle}; pass path='auto' or path='classic'")
+    return "classic", f"no TMA: {obstacle}"
+
+
+def triton_obstacle(device: Device) -> str | None:
+    """Why no Triton kernel can run there, with the way out; None if one can."""
+    if device.triton is None and (device.kind == "cuda" or device.interpreted):
+        return "Triton is not installed; install triton>=3.6, or pass path='reference'"
+    if device.kind == "cpu" and not device.interpreted:
+        return f"the tensors are on the CPU; move them to a CUDA device, pass path='auto', or {_INTERPRETER_CURE}"
+    if device.kind not in ("cpu", "cuda"):
+        return f"there are no kernels for device type {device.kind!r}; move the tensors to a CUDA device or the CPU"
+    return None
+
+
+def tma_obstacle(problem: Problem, device: Device) -> str | None:
+    """Why the TMA path cannot run this call there; None if it can."""
+    if not device.interpreted:
+        if device.kind != "cuda":
+            return triton_obstacle(device)
+        if device.capability is None:
+            return f"{device.name or 'the device'} is not an NVIDIA GPU"
+        if device.capability < (9, 0):
+            major, minor = device.capability
+            return f"{device.name or 'the device'} has compute capability {major}.{minor}, and TMA needs 9.0"
+    if not device.has_descriptors:
+        return f"Triton {device.triton} cannot pass TMA descriptors from the host; install triton>=3.6"
+    if problem.dtype.itemsize == 4 and not device.interpreted:
+        return "float32 is computed in IEEE arithmetic, which the tensor cores behind TMA tiles do not have"
+    halves = problem.activation.gated and problem.gate_up_layout == "concatenated"
+    return _weight_obstacle(
+        "w1", problem.w1_strides, problem.w1_address, problem.dtype.itemsize, problem.w1_rows, halves
+    ) or _weight_obstacle(
+        "w2", problem.w2_strides, problem.w2_address, problem.dtype.itemsize, problem.hidden_size, False
+    )
+
+
+def _weight_obstacle(
+    name: str, strides: tuple[int, ...], address: int, itemsize: int, rows: int, halves: bool
+) -> str | None:
+    expert, row, column = strides
+    if address % _TMA_ALIGNMENT:
+        return f"{name} starts {address % _TMA_ALIGNMENT} bytes past a multiple of 16"
+    if column != 1 and row != 1:
+        return f"{name} has strides {strides}, and TMA needs rows or columns that are contiguous"
+    steps = {0: expert, 1 if column == 1 else 2: row if column == 1 else column}
+    for dim, stride in steps.items():
+        if stride * itemsize % _TMA_ALIGNMENT or stride <= 0:
+            return f"{name}.stride({dim}) is {stride * itemsize} bytes, not a positive multiple of 16"
+    if halves and column != 1 and rows // 2 * itemsize % _TMA_ALIGNMENT:
+        return f"{name}'s up half starts {rows // 2 * itemsize} bytes into a column, not a multiple of 16"
+    return None

@@ -1,0 +1,37 @@
+"""The combine: every token's routes, weighted and summed in fp32 in the order of k."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit(do_not_specialize=["factor"])
+def combine_kernel(
+    rows_ptr, inverse_ptr, router_weights_ptr, out_ptr, factor, H,
+    stride_rm, stride_om, stride_ok, stride_oh,
+    TOP_K: tl.constexpr, UNROLL: tl.constexpr, REDUCE: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    """out[m] = factor * sum_k weight[m, k] * rows[inverse[m, k]], or the summands themselves (not REDUCE).
+
+    A dropped route (inverse -1) contributes exactly 0: neither its weight nor any row is read.
+    """
+    num_h = tl.cdiv(H, BLOCK_H)
+    token = (tl.program_id(0) // num_h).to(tl.int64)
+    columns = (tl.program_id(0) % num_h) * BLOCK_H + tl.arange(0, BLOCK_H)
+    mask = columns < H
+    out_ptrs = out_ptr + token * stride_om + columns.to(tl.int64) * stride_oh
+    total = tl.zeros((BLOCK_H,), tl.float32)
+    for first in range(0, TOP_K, UNROLL):
+        for step in tl.static_range(UNROLL):
+            k = first + step
+            row = tl.load(inverse_ptr + token * TOP_K + k, mask=k < TOP_K, other=-1).to(tl.int64)
+            kept = row >= 0
+            value = tl.load(rows_ptr + row * stride_rm + columns, mask=mask & kept, other=0.0).to(tl.float32)
+            if router_weights_ptr is not None:
+                value *= tl.load(router_weights_ptr + token * TOP_K + k, mask=kept, other=0.0).to(tl.float32)
+            if REDUCE:
+                total += value
+            else:
+                tl.store(out_ptrs + k * stride_ok, (value * factor).to(out_ptr.dtype.element_ty),
+                         mask=mask & (k < TOP_K))  # fmt: skip
+    if REDUCE:
+        tl.store(out_ptrs, (total * factor).to(out_ptr.dtype.element_ty), mask=mask)

@@ -1,0 +1,172 @@
+"""The up and the down GEMM of the experts: one row block of one expert and one block of columns per program.
+
+The rows are the routes sorted by expert, every expert padded to BLOCK_M (`kernels.route`). Both GEMMs share one
+mainloop; where an operand comes from is a constexpr: the weights through a TMA descriptor or pointers of any strides,
+the rows gathered by pointers (up), through a TMA descriptor or by pointers from the sorted workspace (down).
+
+Boxes of the weight descriptors, so that rows past an expert's last are zero and never the next expert's:
+
+    K-major        [E, N, K]      box [1, BLOCK_N, BLOCK_K]
+    K-major halves [E, 2, I, K]   box [1, 2, BLOCK_N, BLOCK_K]
+    N-major        [E, K, N]      box [1, BLOCK_K, BLOCK_N]
+    N-major halves [E, K, 2, I]   box [1, BLOCK_K, 2, BLOCK_N]
+"""
+
+import triton
+import triton.language as tl
+
+from moe_ops.kernels.activation import activate_gated, nonlinearity
+
+
+@triton.jit
+def _tile(pid, num_m, num_n, GROUP_M: tl.constexpr):
+    """Program -> (row block, column block): GROUP_M row blocks sweep the columns together and share weights in L2."""
+    width = GROUP_M * num_n
+    first_m = (pid // width) * GROUP_M
+    group = tl.minimum(num_m - first_m, GROUP_M)
+    return first_m + (pid % width) % group, (pid % width) // group
+
+
+@triton.jit
+def _weight_rows(n, I, BLOCK_N: tl.constexpr, HALVES: tl.constexpr, COLUMNS: tl.constexpr):
+    """Rows of one expert's weight that a tile multiplies, and which of them exist. [COLUMNS]
+
+    HALVES: BLOCK_N gate rows, then the BLOCK_N up rows I further on.
+    """
+    column = tl.arange(0, COLUMNS)
+    if HALVES:
+        in_half = n + column % BLOCK_N
+        return (column // BLOCK_N) * I + in_half, in_half < I
+    else:
+        return n + column, n + column < I
+
+
+@triton.jit
+def _weight_tile(w_desc, expert, n, k, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, HALVES: tl.constexpr,
+                 N_MAJOR: tl.constexpr, COLUMNS: tl.constexpr):  # fmt: skip
+    """One TMA box of weights. [BLOCK_K, COLUMNS]"""
+    if N_MAJOR:
+        if HALVES:
+            box = w_desc.load([expert, k, 0, n])
+        else:
+            box = w_desc.load([expert, k, n])
+        return box.reshape(BLOCK_K, COLUMNS)
+    else:
+        if HALVES:
+            box = w_desc.load([expert, 0, n, k])
+        else:
+            box = w_desc.load([expert, n, k])
+        return box.reshape(COLUMNS, BLOCK_K).T
+
+
+@triton.jit
+def _accumulate(a_desc, a_ptrs, a_row, row_mask, stride_ak, w_desc, w_ptr, expert, n, N, K,
+                stride_we, stride_wn, stride_wk, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+                BLOCK_K: tl.constexpr, HALVES: tl.constexpr, N_MAJOR: tl.constexpr, COLUMNS: tl.constexpr,
+                EVEN_K: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """The mainloop: rows @ weights^T over the whole of K, in fp32. [BLOCK_M, COLUMNS]"""
+    k_offsets = tl.arange(0, BLOCK_K)
+    if w_desc is None:
+        w_rows, w_mask = _weight_rows(n, N, BLOCK_N, HALVES, COLUMNS)
+        w_ptrs = w_ptr + expert.to(tl.int64) * stride_we + w_rows.to(tl.int64)[None, :] * stride_wn
+    acc = tl.zeros((BLOCK_M, COLUMNS), tl.float32)
+    for k in range(0, K, BLOCK_K):
+        if a_desc is not None:
+            a = a_desc.load([a_row, k])
+        elif EVEN_K:
+            a = tl.load(a_ptrs + (k + k_offsets).to(tl.int64)[None, :] * stride_ak, mask=row_mask[:, None], other=0.0)
+        else:
+            a = tl.load(a_ptrs + (k + k_offsets).to(tl.int64)[None, :] * stride_ak,
+                        mask=row_mask[:, None] & (k + k_offsets < K)[None, :], other=0.0)  # fmt: skip
+        if w_desc is not None:
+            w = _weight_tile(w_desc, expert, n, k, BLOCK_N, BLOCK_K, HALVES, N_MAJOR, COLUMNS)
+        elif EVEN_K:
+            w = tl.load(w_ptrs + (k + k_offsets).to(tl.int64)[:, None] * stride_wk, mask=w_mask[None, :], other=0.0)
+        else:
+            w = tl.load(w_ptrs + (k + k_offsets).to(tl.int64)[:, None] * stride_wk,
+                        mask=(k + k_offsets < K)[:, None] & w_mask[None, :], other=0.0)  # fmt: skip
+        acc = tl.dot(a, w, acc, input_precision=PRECISION)
+    return acc
+
+
+@triton.jit(do_not_specialize=["num_routes", "alpha", "limit"])
+def up_kernel(
+    x_ptr, w_desc, w_ptr, bias_ptr, router_weights_ptr, act_ptr, sorted_routes_ptr, tile_experts_ptr, num_padded_ptr,
+    num_routes, H, I, alpha, limit,
+    stride_xm, stride_xk, stride_we, stride_wn, stride_wk, stride_be, stride_am,
+    TOP_K: tl.constexpr, ACTIVATION: tl.constexpr, GATED: tl.constexpr, INTERLEAVED: tl.constexpr,
+    HAS_LIMIT: tl.constexpr, N_MAJOR: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+):  # fmt: skip
+    """act[p] = act(x[token of p] @ w1[e]^T (* router weight) + b1[e]) for the sorted rows p.
+
+    w1 is seen as gate and up halves (concatenated) or as N = 2 * I or I plain rows (interleaved, no gate); a tile makes
+    BLOCK_N columns of act from COLUMNS rows of w1.
+    """
+    HALVES: tl.constexpr = GATED and not INTERLEAVED
+    COLUMNS: tl.constexpr = 2 * BLOCK_N if GATED else BLOCK_N
+    num_m = tl.load(num_padded_ptr) // BLOCK_M
+    num_n = tl.cdiv(I, BLOCK_N)
+    if tl.program_id(0) >= num_m * num_n:
+        return
+    pid_m, pid_n = _tile(tl.program_id(0), num_m, num_n, GROUP_M)
+    expert = tl.load(tile_experts_ptr + pid_m)
+    rows = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    routes = tl.load(sorted_routes_ptr + rows)
+    row_mask = routes < num_routes
+    x_ptrs = x_ptr + (routes // TOP_K).to(tl.int64)[:, None] * stride_xm
+
+    # First row of the tile in w1, and how many rows there are to stop at.
+    n = pid_n * (COLUMNS if INTERLEAVED else BLOCK_N)
+    N = 2 * I if INTERLEAVED else I
+    acc = _accumulate(None, x_ptrs, 0, row_mask, stride_xk, w_desc, w_ptr, expert, n, N, H,
+                      stride_we, stride_wn, stride_wk, BLOCK_M, BLOCK_N, BLOCK_K, HALVES, N_MAJOR, COLUMNS,
+                      EVEN_K, PRECISION)  # fmt: skip
+
+    if router_weights_ptr is not None:
+        acc *= tl.load(router_weights_ptr + routes, mask=row_mask, other=0.0).to(tl.float32)[:, None]
+    if bias_ptr is not None:
+        b_rows, b_mask = _weight_rows(n, N, BLOCK_N, HALVES, COLUMNS)
+        bias = tl.load(bias_ptr + expert.to(tl.int64) * stride_be + b_rows, mask=b_mask, other=0.0)
+        acc += bias.to(tl.float32)[None, :]
+    if GATED:
+        if INTERLEAVED:
+            gate, up = acc.reshape(BLOCK_M, BLOCK_N, 2).split()
+        else:
+            gate, up = acc.reshape(BLOCK_M, 2, BLOCK_N).permute(0, 2, 1).split()
+        y = activate_gated(gate, up, ACTIVATION, HAS_LIMIT, alpha, limit)
+    else:
+        y = nonlinearity(acc, ACTIVATION, alpha)
+    columns = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    tl.store(act_ptr + rows.to(tl.int64)[:, None] * stride_am + columns[None, :], y.to(act_ptr.dtype.element_ty),
+             mask=row_mask[:, None] & (columns < I)[None, :])  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["num_routes"])
+def down_kernel(
+    act_desc, act_ptr, w_desc, w_ptr, bias_ptr, rows_ptr, sorted_routes_ptr, tile_experts_ptr, num_padded_ptr,
+    num_routes, H, I,
+    stride_am, stride_we, stride_wn, stride_wk, stride_be, stride_rm,
+    N_MAJOR: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+):  # fmt: skip
+    """rows[p] = act[p] @ w2[e]^T + b2[e] for the sorted rows p. Padding rows are computed with, and never stored."""
+    num_m = tl.load(num_padded_ptr) // BLOCK_M
+    num_n = tl.cdiv(H, BLOCK_N)
+    if tl.program_id(0) >= num_m * num_n:
+        return
+    pid_m, pid_n = _tile(tl.program_id(0), num_m, num_n, GROUP_M)
+    expert = tl.load(tile_experts_ptr + pid_m)
+    rows = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    row_mask = tl.load(sorted_routes_ptr + rows) < num_routes
+    a_ptrs = act_ptr + rows.to(tl.int64)[:, None] * stride_am
+    n = pid_n * BLOCK_N
+    acc = _accumulate(act_desc, a_ptrs, pid_m * BLOCK_M, row_mask, 1, w_desc, w_ptr, expert, n, H, I,
+                      stride_we, stride_wn, stride_wk, BLOCK_M, BLOCK_N, BLOCK_K, False, N_MAJOR, BLOCK_N,
+                      EVEN_K, PRECISION)  # fmt: skip
+    columns = n + tl.arange(0, BLOCK_N)
+    if bias_ptr is not None:
+        bias = tl.load(bias_ptr + expert.to(tl.int64) * stride_be + columns, mask=columns < H, other=0.0)
+        acc += bias.to(tl.float32)[None, :]
+    tl.store(rows_ptr + rows.to(tl.int64)[:, None] * stride_rm + columns[None, :], acc.to(rows_ptr.dtype.element_ty),
+             mask=row_mask[:, None] & (columns < H)[None, :])  # fmt: skip

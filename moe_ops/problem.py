@@ -1,0 +1,404 @@
+"""Argument checks: the op's arguments -> `Problem`.
+
+Pure functions: no launch, no allocation, no device synchronisation. They also run on fake tensors, whose sizes are
+symbols; a condition on a symbol becomes a guard (or a runtime assertion) instead of a Python branch.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from moe_ops.activations import ACTIVATIONS, Activation
+
+GATE_UP_LAYOUTS = ("concatenated", "interleaved")
+PATHS = ("auto", "tma", "classic", "reference")
+QUANTIZATIONS = ("none", "fp8_w8a8", "int8_w8a8", "int8_w8a16", "int4_w4a16", "mxfp4_w4a16")
+COMPUTE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+INDEX_DTYPES = (torch.int32, torch.int64)
+
+_LARGEST_BLOCK = 256
+
+
+@dataclass(slots=True, eq=False)
+class Arguments:
+    """The arguments of one `fused_moe_tma` call, in the schema's order and with its defaults."""
+
+    hidden_states: Tensor
+    w1: Tensor
+    w2: Tensor
+    topk_weights: Tensor
+    topk_ids: Tensor
+    w1_bias: Tensor | None = None
+    w2_bias: Tensor | None = None
+    w1_scale: Tensor | None = None
+    w2_scale: Tensor | None = None
+    w1_zero_point: Tensor | None = None
+    w2_zero_point: Tensor | None = None
+    a1_scale: Tensor | None = None
+    a2_scale: Tensor | None = None
+    expert_map: Tensor | None = None
+    activation: str = "silu"
+    activation_alpha: float | None = None
+    activation_limit: float | None = None
+    gate_up_layout: str = "concatenated"
+    quantization: str = "none"
+    block_shape: Sequence[int] | None = None
+    apply_router_weight_on_input: bool = False
+    routed_scaling_factor: float = 1.0
+    reduce_topk: bool = True
+    deterministic: bool = True
+    path: str = "auto"
+    out_dtype: torch.dtype | None = None
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors that were given, by argument name."""
+        return {name: value for name in TENSOR_ARGUMENTS if (value := getattr(self, name)) is not None}
+
+
+_NAMES = tuple(field.name for field in fields(Arguments))
+TENSOR_ARGUMENTS = _NAMES[: _NAMES.index("activation")]
+REQUIRED_TENSORS = TENSOR_ARGUMENTS[:5]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What one call asks for, checked. Sizes as in the docs: M tokens, H hidden, I intermediate, E experts.
+
+    Attributes:
+        num_tokens: M.
+        hidden_size: H.
+        intermediate_size: I.
+        num_experts: E, the experts whose weights are here.
+        num_ids: how many values `topk_ids` may take: E, or the length of `expert_map`.
+        top_k: routes per token.
+        dtype: the dtype of the GEMMs' operands.
+        out_dtype: the dtype of the result.
+        activation: the activation's row of the table.
+        alpha: the activation's slope, None where it has none.
+        limit: the activation's clamp, None where there is none.
+        gate_up_layout: "concatenated" or "interleaved" rows of w1.
+        quantization: weight format.
+        w1_strides: strides of w1 in elements.
+        w2_strides: strides of w2 in elements.
+        w1_address: address of w1 in bytes, as far as its alignment goes.
+        w2_address: likewise for w2.
+        router_weight_on_input: the routing weight multiplies x @ w1^T instead of the output.
+        routed_scaling_factor: multiplies the result.
+        reduce_topk: False returns the routes unsummed.
+        deterministic: False allows a combine whose order of additions varies.
+        path: what the caller asked for.
+    """
+
+    num_tokens: int
+    hidden_size: int
+    intermediate_size: int
+    num_experts: int
+    num_ids: int
+    top_k: int
+    dtype: torch.dtype
+    out_dtype: torch.dtype
+    activation: Activation
+    alpha: float | None
+    limit: float | None
+    gate_up_layout: str
+    quantization: str
+    w1_strides: tuple[int, ...]
+    w2_strides: tuple[int, ...]
+    w1_address: int
+    w2_address: int
+    router_weight_on_input: bool
+    routed_scaling_factor: float
+    reduce_topk: bool
+    deterministic: bool
+    path: str
+
+    @property
+    def num_routes(self) -> int:
+        """R = M * top_k."""
+        return self.num_tokens * self.top_k
+
+    @property
+    def w1_rows(self) -> int:
+        """Rows of one expert's w1: 2 * I with a gate, I without."""
+        return self.intermediate_size * (2 if self.activation.gated else 1)
+
+    @property
+    def out_shape(self) -> tuple[int, ...]:
+        """[M, H], or [M, top_k, H] without the sum over top_k."""
+        if self.reduce_topk:
+            return (self.num_tokens, self.hidden_size)
+        return (self.num_tokens, self.top_k, self.hidden_size)
+
+
+def make_problem(args: Arguments, *, traced: bool = False) -> Problem:
+    """Checks a call and describes it.
+
+    Args:
+        args: the call.
+        traced: the tensors are fake or meta ones: they have no address.
+
+    Returns:
+        The call's `Problem`.
+
+    Raises:
+        ValueError: a shape, size, device, name or combination of options is wrong.
+        TypeError: a dtype is wrong, or a tensor is not a tensor.
+        NotImplementedError: the quantisation format is known but not available.
+    """
+    _check_types(args)
+    activation, alpha, limit = _check_activation(args)
+    _check_options(args, activation)
+    _check_shapes(args, activation)
+    _check_dtypes(args)
+    _check_devices(args)
+    hidden_states, w1, w2 = args.hidden_states, args.w1, args.w2
+    return Problem(
+        num_tokens=hidden_states.shape[0],
+        hidden_size=hidden_states.shape[1],
+        intermediate_size=w2.shape[2],
+        num_experts=w1.shape[0],
+        num_ids=w1.shape[0] if args.expert_map is None else args.expert_map.shape[0],
+        top_k=args.topk_ids.shape[1],
+        dtype=hidden_states.dtype,
+        out_dtype=args.out_dtype or hidden_states.dtype,
+        activation=activation,
+        alpha=alpha,
+        limit=limit,
+        gate_up_layout=args.gate_up_layout,
+        quantization=args.quantization,
+        w1_strides=w1.stride(),
+        w2_strides=w2.stride(),
+        w1_address=0 if traced else w1.data_ptr(),
+        w2_address=0 if traced else w2.data_ptr(),
+        router_weight_on_input=args.apply_router_weight_on_input,
+        routed_scaling_factor=args.routed_scaling_factor,
+        reduce_topk=args.reduce_topk,
+        deterministic=args.deterministic,
+        path=args.path,
+    )
+
+
+def check_out(out: Tensor, args: Arguments, problem: Problem, *, traced: bool = False) -> None:
+    """Checks the buffer of the out-variant: shape, dtype, device, and memory of its own.
+
+    Raises:
+        ValueError: wrong shape or device, an element that stands for several, or memory shared with an input.
+        TypeError: wrong dtype.
+    """
+    _require_shape("out", out, problem.out_shape, "[M, H], or [M, top_k, H] with reduce_topk=False")
+    if out.dtype != problem.out_dtype:
+        raise TypeError(
+            f"out has dtype {out.dtype}, expected {problem.out_dtype}; allocate it so, or pass out_dtype={out.dtype}"
+        )
+    if out.device != args.hidden_states.device:
+        raise ValueError(f"out is on {out.device}, expected {args.hidden_states.device}, where hidden_states is")
+    if traced:
+        return
+    if torch._debug_has_internal_overlap(out) != 0:
+        raise ValueError(
+            f"out has strides {list(out.stride())} for shape {list(out.shape)}: one element may stand for several "
+            "results; pass a contiguous tensor"
+        )
+    for name, tensor in args.tensors().items():
+        if torch._C._overlaps(out, tensor):
+            raise ValueError(f"out shares memory with {name}, which is read while out is written; pass another tensor")
+
+
+def check_route(topk_ids: Tensor, num_experts: int, block: int, expert_map: Tensor | None) -> None:
+    """Checks the arguments of `moe_ops.route`.
+
+    Raises:
+        ValueError: a shape, size or device is wrong.
+        TypeError: a dtype is wrong.
+    """
+    _require_ndim("topk_ids", topk_ids, "[M, top_k]")
+    _require(num_experts >= 1, lambda: f"num_experts is {num_experts}, expected at least 1")
+    _require(1 <= block <= 1024, lambda: f"block is {block}, expected 1 to 1024")
+    _check_ids(topk_ids, expert_map)
+    num_routes = topk_ids.shape[0] * topk_ids.shape[1]
+    _check_num_routes(num_routes, num_experts, block)
+
+
+def _require(condition: bool | torch.SymBool, message: Callable[[], str], error: type[Exception] = ValueError) -> None:
+    if condition is True:
+        return
+    if isinstance(condition, torch.SymBool):
+        torch._check_with(error, condition, message)
+    elif not condition:
+        raise error(message())
+
+
+def _check_types(args: Arguments) -> None:
+    for name in TENSOR_ARGUMENTS:
+        value = getattr(args, name)
+        if not isinstance(value, Tensor) and (value is not None or name in REQUIRED_TENSORS):
+            raise TypeError(f"{name} is {type(value).__name__}, expected a torch.Tensor")
+
+
+def _check_name(argument: str, value: str, allowed: Sequence[str]) -> None:
+    if value not in allowed:
+        names = ", ".join(repr(name) for name in allowed)
+        raise ValueError(f"{argument} is {value!r}, expected one of {names}")
+
+
+def _check_activation(args: Arguments) -> tuple[Activation, float | None, float | None]:
+    _check_name("activation", args.activation, tuple(ACTIVATIONS))
+    activation = ACTIVATIONS[args.activation]
+    alpha, limit = args.activation_alpha, args.activation_limit
+    if alpha is not None and activation.default_alpha is None:
+        raise ValueError(
+            f"activation_alpha is {alpha}, but activation {activation.name!r} has no slope; leave it out, or use "
+            "activation='swigluoai'"
+        )
+    if limit is not None and not activation.takes_limit:
+        raise ValueError(
+            f"activation_limit is {limit}, but activation {activation.name!r} has no clamp; leave it out, or use "
+            "activation='silu' or 'swigluoai'"
+        )
+    if alpha is not None and not math.isfinite(alpha):
+        raise ValueError(f"activation_alpha is {alpha}, expected a finite number")
+    if limit is not None and not limit > 0:
+        raise ValueError(f"activation_limit is {limit}, expected a number above 0")
+    return (
+        activation,
+        activation.default_alpha if alpha is None else alpha,
+        activation.default_limit if limit is None else limit,
+    )
+
+
+def _check_options(args: Arguments, activation: Activation) -> None:
+    _check_name("path", args.path, PATHS)
+    _check_name("gate_up_layout", args.gate_up_layout, GATE_UP_LAYOUTS)
+    _check_name("quantization", args.quantization, QUANTIZATIONS)
+    if args.gate_up_layout == "interleaved" and not activation.gated:
+        raise ValueError(
+            f"gate_up_layout is 'interleaved', but activation {activation.name!r} has no gate; leave it out"
+        )
+    if not math.isfinite(args.routed_scaling_factor):
+        raise ValueError(f"routed_scaling_factor is {args.routed_scaling_factor}, expected a finite number")
+    if args.out_dtype is not None and args.out_dtype not in COMPUTE_DTYPES:
+        raise TypeError(f"out_dtype is {args.out_dtype}, expected {_list(COMPUTE_DTYPES)} or None")
+    if args.quantization != "none":
+        raise NotImplementedError(
+            f"quantization={args.quantization!r} is not available in this version; dequantise the weights to "
+            "bfloat16 and pass quantization='none'"
+        )
+    for name in ("w1_scale", "w2_scale", "w1_zero_point", "w2_zero_point", "a1_scale", "a2_scale", "block_shape"):
+        if getattr(args, name) is not None:
+            raise ValueError(f"{name} was given, but quantization is 'none' and does not use it; leave it out")
+
+
+def _check_shapes(args: Arguments, activation: Activation) -> None:
+    hidden_states, w1, w2, ids = args.hidden_states, args.w1, args.w2, args.topk_ids
+    for name, tensor, form in (
+        ("hidden_states", hidden_states, "[M, H]"),
+        ("w1", w1, "[E, 2 * I, H] ([E, I, H] for an activation that ends in '_no_gate')"),
+        ("w2", w2, "[E, H, I]"),
+        ("topk_ids", ids, "[M, top_k]"),
+    ):
+        _require_ndim(name, tensor, form)
+    num_tokens, hidden = hidden_states.shape
+    experts, _, intermediate = w2.shape
+    for name, size in (("H", hidden), ("I", intermediate), ("E", experts), ("top_k", ids.shape[1])):
+        _require(size >= 1, lambda name=name, size=size: f"{name} is {size}, expected at least 1")
+    factor = 2 if activation.gated else 1
+    rows = "2 * I" if activation.gated else "I"
+    _require_shape(
+        "w1",
+        w1,
+        (experts, factor * intermediate, hidden),
+        f"[E, {rows}, H] for activation {activation.name!r}, with E and I from w2 {list(w2.shape)} and H from "
+        f"hidden_states {list(hidden_states.shape)}",
+    )
+    _require_shape("w2", w2, (experts, hidden, intermediate), "[E, H, I], with H from hidden_states")
+    _require_shape("topk_ids", ids, (num_tokens, ids.shape[1]), "[M, top_k], with M from hidden_states")
+    _require_shape("topk_weights", args.topk_weights, ids.shape, "[M, top_k], as topk_ids")
+    if args.w1_bias is not None:
+        _require_shape("w1_bias", args.w1_bias, (experts, factor * intermediate), f"[E, {rows}], the rows of w1")
+    if args.w2_bias is not None:
+        _require_shape("w2_bias", args.w2_bias, (experts, hidden), "[E, H]")
+    _check_ids(ids, args.expert_map)
+    _check_num_routes(num_tokens * ids.shape[1], experts, _LARGEST_BLOCK)
+
+
+def _check_ids(topk_ids: Tensor, expert_map: Tensor | None) -> None:
+    if topk_ids.dtype not in INDEX_DTYPES:
+        raise TypeError(
+            f"topk_ids has dtype {topk_ids.dtype}, expected {_list(INDEX_DTYPES)}; cast it: topk_ids.to(torch.int32)"
+        )
+    if expert_map is None:
+        return
+    _require_ndim("expert_map", expert_map, "[E_global]")
+    if expert_map.dtype != torch.int32:
+        raise TypeError(
+            f"expert_map has dtype {expert_map.dtype}, expected torch.int32; cast it: expert_map.to(torch.int32)"
+        )
+    if expert_map.device != topk_ids.device:
+        raise ValueError(
+            f"expert_map is on {expert_map.device}, expected {topk_ids.device}, where topk_ids is; move it: "
+            f"expert_map.to('{topk_ids.device}')"
+        )
+
+
+def _check_num_routes(num_routes: int, num_experts: int, block: int) -> None:
+    """Row numbers of the sorted order are int32 on the device, padding included."""
+    _require(
+        num_routes + num_experts * block < 2**31,
+        lambda: f"topk_ids has M * top_k = {num_routes} routes, expected fewer than {2**31 - num_experts * block}; "
+        "split the tokens over several calls",
+    )
+
+
+def _require_ndim(name: str, tensor: Tensor, form: str) -> None:
+    ndim = form.split("]")[0].count(",") + 1
+    if tensor.ndim != ndim:
+        raise ValueError(f"{name} has shape {list(tensor.shape)}, expected {ndim} dimensions: {form}")
+
+
+def _require_shape(name: str, tensor: Tensor, shape: Sequence[int], form: str) -> None:
+    def message() -> str:
+        return f"{name} has shape {list(tensor.shape)}, expected {list(shape)}: {form}"
+
+    _require(tensor.ndim == len(shape), message)
+    for got, expected in zip(tensor.shape, shape, strict=True):
+        _require(got == expected, message)
+
+
+def _check_dtypes(args: Arguments) -> None:
+    dtype = args.hidden_states.dtype
+    if dtype not in COMPUTE_DTYPES:
+        raise TypeError(f"hidden_states has dtype {dtype}, expected {_list(COMPUTE_DTYPES)}")
+    for name in ("w1", "w2"):
+        got = getattr(args, name).dtype
+        if got != dtype:
+            raise TypeError(
+                f"{name} has dtype {got}, expected {dtype}, the dtype of hidden_states; cast one of them: "
+                f"{name}.to({dtype}) or hidden_states.to({got})"
+            )
+    for name in ("w1_bias", "w2_bias"):
+        bias = getattr(args, name)
+        if bias is not None and bias.dtype not in (dtype, torch.float32):
+            raise TypeError(
+                f"{name} has dtype {bias.dtype}, expected {_list((dtype, torch.float32))}; cast it: {name}.to({dtype})"
+            )
+    if not args.topk_weights.dtype.is_floating_point or args.topk_weights.dtype.itemsize == 1:
+        raise TypeError(
+            f"topk_weights has dtype {args.topk_weights.dtype}, expected a floating-point dtype of at least 16 bits; "
+            "cast it: topk_weights.to(torch.float32)"
+        )
+
+
+def _check_devices(args: Arguments) -> None:
+    device = args.hidden_states.device
+    for name, tensor in args.tensors().items():
+        if tensor.device != device:
+            raise ValueError(
+                f"{name} is on {tensor.device}, expected {device}, where hidden_states is; move it: {name}.to('{device}')"
+            )
+
+
+def _list(values: Sequence[object]) -> str:
+    return " or ".join(str(value) for value in values)

@@ -1,0 +1,126 @@
+"""Registers the ops: schemas, fakes, and implementations per dispatch key. Kernels are imported at their first use."""
+
+import torch
+from torch import Tensor
+
+from moe_ops.devices import describe
+from moe_ops.dispatch import Plan, make_plan
+from moe_ops.problem import Arguments, Problem, check_out, check_route, make_problem
+from moe_ops.routing import Routing, empty_routing
+from moe_ops.schema import FUSED_MOE, FUSED_MOE_, NAMESPACE, NO_BACKWARD, ROUTE
+
+# Kept alive here: the ops vanish with the object.
+_library = torch.library.Library(NAMESPACE, "FRAGMENT")
+
+for _schema in (FUSED_MOE, FUSED_MOE_, ROUTE, NO_BACKWARD):
+    _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
+
+
+def plan(args: Arguments) -> tuple[Problem, Plan]:
+    """Checks a call and decides how it will run."""
+    problem = make_problem(args)
+    return problem, make_plan(problem, describe(args.hidden_states.device))
+
+
+def _run(args: Arguments, problem: Problem, plan: Plan, out: Tensor) -> None:
+    if plan.path == "tma":
+        from moe_ops.backends import tma
+
+        tma.run(args, problem, plan, out)
+    elif plan.path == "classic":
+        from moe_ops.backends import classic
+
+        classic.run(args, problem, plan, out)
+    elif plan.path == "cpu":
+        from moe_ops.backends import cpu
+
+        cpu.run(args, problem, out)
+    else:
+        from moe_ops.reference import fused_moe_reference
+
+        out.copy_(fused_moe_reference(args))
+
+
+def _fused_moe(*args, **kwargs) -> Tensor:
+    arguments = Arguments(*args, **kwargs)
+    problem, chosen = plan(arguments)
+    out = arguments.hidden_states.new_empty(problem.out_shape, dtype=problem.out_dtype)
+    _run(arguments, problem, chosen, out)
+    return out
+
+
+def _fused_moe_(out: Tensor, *args, **kwargs) -> None:
+    arguments = Arguments(*args, **kwargs)
+    problem, chosen = plan(arguments)
+    check_out(out, arguments, problem)
+    _run(arguments, problem, chosen, out)
+
+
+def _fused_moe_fake(*args, **kwargs) -> Tensor:
+    arguments = Arguments(*args, **kwargs)
+    problem = make_problem(arguments, traced=True)
+    return arguments.hidden_states.new_empty(problem.out_shape, dtype=problem.out_dtype)
+
+
+def _fused_moe_fake_(out: Tensor, *args, **kwargs) -> None:
+    arguments = Arguments(*args, **kwargs)
+    check_out(out, arguments, make_problem(arguments, traced=True), traced=True)
+
+
+def _route_fake(topk_ids: Tensor, num_experts: int, block: int, expert_map: Tensor | None = None) -> Routing:
+    check_route(topk_ids, num_experts, block, expert_map)
+    return tuple(empty_routing(topk_ids, num_experts, block))
+
+
+def _route_cuda(topk_ids: Tensor, num_experts: int, block: int, expert_map: Tensor | None = None) -> Routing:
+    check_route(topk_ids, num_experts, block, expert_map)
+    from moe_ops.backends.routing import sort_routes
+
+    return tuple(sort_routes(topk_ids, num_experts, block, expert_map))
+
+
+def _route_cpu(topk_ids: Tensor, num_experts: int, block: int, expert_map: Tensor | None = None) -> Routing:
+    check_route(topk_ids, num_experts, block, expert_map)
+    from moe_ops.backends.cpu import sort_routes
+
+    return tuple(sort_routes(topk_ids, num_experts, block, expert_map))
+
+
+def _no_backward(grad: Tensor, size: list[int], dtype: torch.dtype) -> Tensor:
+    raise NotImplementedError(
+        "moe_ops.fused_moe_tma has no backward: it is for inference. Call it under torch.no_grad() or "
+        "torch.inference_mode(), or give it inputs that do not require grad; to train, use an implementation with a "
+        "backward, such as experts_implementation='grouped_mm' in transformers"
+    )
+
+
+def _setup_context(ctx, inputs, keyword_only_inputs=None, output=None) -> None:
+    # Sizes instead of tensors: nothing is kept alive for a gradient that will not be computed.
+    ctx.likes = [(list(x.shape), x.dtype) if isinstance(x, Tensor) else None for x in inputs]
+
+
+def _backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+    # A formula that raises here would already break the tracing of a compiled forward; this one raises when it runs.
+    # A call's trailing defaults are among the likes, not among the inputs.
+    return tuple(
+        torch.ops.moe_ops._no_backward(grad, *like) if needed else None
+        for like, needed in zip(ctx.likes, ctx.needs_input_grad, strict=False)
+    )
+
+
+for _key in ("CPU", "CUDA"):
+    _library.impl("fused_moe_tma", _fused_moe, _key)
+    _library.impl("fused_moe_tma_", _fused_moe_, _key)
+_library.impl("route", _route_cpu, "CPU")
+_library.impl("route", _route_cuda, "CUDA")
+_library.impl("_no_backward", _no_backward, "CompositeExplicitAutograd")
+
+torch.library.register_fake(f"{NAMESPACE}::fused_moe_tma", _fused_moe_fake, lib=_library)
+torch.library.register_fake(f"{NAMESPACE}::fused_moe_tma_", _fused_moe_fake_, lib=_library)
+torch.library.register_fake(f"{NAMESPACE}::route", _route_fake, lib=_library)
+torch.library.register_fake(
+    f"{NAMESPACE}::_no_backward", lambda grad, size, dtype: grad.new_empty(size, dtype=dtype), lib=_library
+)
+torch.library.register_autograd(
+    f"{NAMESPACE}::fused_moe_tma", _backward, setup_context=_setup_context, lib=_library
+)

@@ -1,0 +1,42 @@
+"""Tile configurations of the two GEMMs."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class TileConfig:
+    """Tile of one grouped GEMM.
+
+    Attributes:
+        block_m: rows (routes of one expert) of a tile; the same for both GEMMs, since it is the padding of the
+            sorted order.
+        block_n: output columns of a tile. A gated up projection computes gate and up of each, 2 * block_n rows of w1.
+        block_k: step along the reduction.
+        group_m: row blocks that sweep the columns together, so that they share a weight tile in L2.
+        num_warps: warps of a program.
+        num_stages: depth of the software pipeline.
+    """
+
+    block_m: int
+    block_n: int
+    block_k: int
+    group_m: int = 8
+    num_warps: int = 4
+    num_stages: int = 3
+
+    def __post_init__(self) -> None:
+        for name in ("block_m", "block_n", "block_k"):
+            value = getattr(self, name)
+            if value not in (16, 32, 64, 128, 256):
+                raise ValueError(f"{name} is {value}, expected a power of two from 16 to 256")
+        if self.num_warps not in (1, 2, 4, 8, 16):
+            raise ValueError(f"num_warps is {self.num_warps}, expected 1, 2, 4, 8 or 16")
+        for name, highest in (("num_stages", 8), ("group_m", 256)):
+            value = getattr(self, name)
+            if not 1 <= value <= highest:
+                raise ValueError(f"{name} is {value}, expected 1 to {highest}")
+
+    def shared_memory(self, itemsize: int, *, gated: bool) -> int:
+        """Bytes of shared memory the pipeline's stages take; the epilogue reuses them."""
+        columns = self.block_n * (2 if gated else 1)
+        return self.num_stages * (self.block_m + columns) * self.block_k * itemsize

@@ -1,0 +1,81 @@
+"""Tile sizes from the problem alone. Measured on one H200; see docs/kernels.md."""
+
+from dataclasses import replace
+
+from moe_ops.devices import Device
+from moe_ops.problem import Problem
+from moe_ops.tuning.config import TileConfig
+
+# Triton's barriers and scratch beside the pipeline's stages.
+_SHARED_MEMORY_RESERVE = 2048
+
+
+def tile_configs(problem: Problem, device: Device, path: str, *, batch_invariant: bool) -> tuple[TileConfig, TileConfig]:
+    """Chooses the tiles of the up and the down GEMM.
+
+    The row block follows the rows an expert can expect: a block must hold them, since a second block reads the
+    expert's weights again, and must not be much larger, since padding rows cost as much as real ones.
+
+    Args:
+        problem: the call.
+        device: where it runs.
+        path: "tma" or "classic".
+        batch_invariant: choose without a look at the number of tokens.
+
+    Returns:
+        (up, down), with one `block_m`, within the device's shared memory.
+    """
+    if batch_invariant:
+        rows_per_expert = 64.0
+    else:
+        rows_per_expert = problem.num_routes / max(1, min(problem.num_routes, problem.num_experts))
+    if problem.dtype.itemsize == 4:
+        up, down = _fp32(rows_per_expert)
+    elif path == "tma":
+        up, down = _tma(rows_per_expert)
+    else:
+        up, down = _classic(rows_per_expert)
+    if not problem.activation.gated:
+        up = replace(up, block_n=min(256, 2 * up.block_n))
+    itemsize = problem.dtype.itemsize
+    return fit(up, device, itemsize, gated=problem.activation.gated), fit(down, device, itemsize, gated=False)
+
+
+def _tma(rows: float) -> tuple[TileConfig, TileConfig]:
+    if rows <= 8:
+        return TileConfig(16, 64, 128, 8, 4, 4), TileConfig(16, 128, 128, 8, 4, 4)
+    if rows <= 16:
+        return TileConfig(32, 64, 128, 8, 4, 4), TileConfig(32, 128, 128, 8, 4, 4)
+    if rows <= 48:
+        return TileConfig(64, 64, 64, 8, 4, 4), TileConfig(64, 128, 64, 8, 4, 4)
+    return TileConfig(128, 128, 64, 16, 8, 4), TileConfig(128, 256, 64, 16, 8, 4)
+
+
+def _classic(rows: float) -> tuple[TileConfig, TileConfig]:
+    if rows <= 8:
+        return TileConfig(16, 64, 128, 8, 4, 3), TileConfig(16, 128, 128, 8, 4, 3)
+    if rows <= 16:
+        return TileConfig(32, 64, 64, 8, 4, 4), TileConfig(32, 128, 64, 8, 4, 4)
+    if rows <= 48:
+        return TileConfig(64, 64, 64, 8, 4, 3), TileConfig(64, 128, 64, 8, 4, 3)
+    return TileConfig(128, 64, 64, 16, 8, 3), TileConfig(128, 128, 64, 16, 8, 3)
+
+
+def _fp32(rows: float) -> tuple[TileConfig, TileConfig]:
+    block_m = 16 if rows <= 16 else 64
+    return TileConfig(block_m, 32, 32, 8, 4, 3), TileConfig(block_m, 64, 32, 8, 4, 3)
+
+
+def fit(config: TileConfig, device: Device, itemsize: int, *, gated: bool) -> TileConfig:
+    """Shrinks a tile until the device's shared memory holds it: first its stages, then its steps and columns."""
+    limit = device.shared_memory - _SHARED_MEMORY_RESERVE
+    while config.shared_memory(itemsize, gated=gated) > limit:
+        if config.num_stages > 2:
+            config = replace(config, num_stages=config.num_stages - 1)
+        elif config.block_k > 32:
+            config = replace(config, block_k=config.block_k // 2)
+        elif config.block_n > 32:
+            config = replace(config, block_n=config.block_n // 2)
+        else:
+            raise ValueError(f"no tile fits into {device.shared_memory} bytes of shared memory on {device.name}")
+    return config
