@@ -13,6 +13,7 @@ from moe_ops.tuning import TileConfig, tile_configs
 
 # TMA: base addresses and all strides but the innermost in units of 16 bytes.
 _TMA_ALIGNMENT = 16
+_ROW_UNIT = 16
 _INTERPRETER_CURE = "set TRITON_INTERPRET=1 before the process starts to run Triton kernels on the CPU"
 
 
@@ -90,15 +91,14 @@ def make_plan(problem: Problem, device: Device) -> Plan:
     return Plan(path, reason, up, down, max_tiles, _workspace_bytes(problem, max_tiles, up.block_m))
 
 
-def row_stride(columns: int, itemsize: int) -> int:
-    """Elements from one workspace row to the next: rounded up to what TMA can step over."""
-    unit = _TMA_ALIGNMENT // itemsize
-    return (columns + unit - 1) // unit * unit
+def row_stride(columns: int) -> int:
+    """Elements from one workspace row to the next: in units that TMA can step over and Triton sees as aligned."""
+    return (columns + _ROW_UNIT - 1) // _ROW_UNIT * _ROW_UNIT
 
 
 def _workspace_bytes(problem: Problem, max_tiles: int, block_m: int) -> int:
     itemsize = problem.dtype.itemsize
-    columns = row_stride(problem.intermediate_size, itemsize) + row_stride(problem.hidden_size, itemsize)
+    columns = row_stride(problem.intermediate_size) + row_stride(problem.hidden_size)
     rows = max_tiles * block_m
     return rows * columns * itemsize + 4 * (rows + max_tiles + 1 + problem.num_routes)
 

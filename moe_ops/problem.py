@@ -6,12 +6,14 @@ symbols; a condition on a symbol becomes a guard (or a runtime assertion) instea
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from moe_ops.activations import ACTIVATIONS, Activation
+from moe_ops.arguments import REQUIRED_TENSORS, TENSOR_ARGUMENTS, Arguments
+from moe_ops.memory import may_overlap_itself, may_share
 
 GATE_UP_LAYOUTS = ("concatenated", "interleaved")
 PATHS = ("auto", "tma", "classic", "reference")
@@ -20,47 +22,6 @@ COMPUTE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 INDEX_DTYPES = (torch.int32, torch.int64)
 
 _LARGEST_BLOCK = 256
-
-
-@dataclass(slots=True, eq=False)
-class Arguments:
-    """The arguments of one `fused_moe_tma` call, in the schema's order and with its defaults."""
-
-    hidden_states: Tensor
-    w1: Tensor
-    w2: Tensor
-    topk_weights: Tensor
-    topk_ids: Tensor
-    w1_bias: Tensor | None = None
-    w2_bias: Tensor | None = None
-    w1_scale: Tensor | None = None
-    w2_scale: Tensor | None = None
-    w1_zero_point: Tensor | None = None
-    w2_zero_point: Tensor | None = None
-    a1_scale: Tensor | None = None
-    a2_scale: Tensor | None = None
-    expert_map: Tensor | None = None
-    activation: str = "silu"
-    activation_alpha: float | None = None
-    activation_limit: float | None = None
-    gate_up_layout: str = "concatenated"
-    quantization: str = "none"
-    block_shape: Sequence[int] | None = None
-    apply_router_weight_on_input: bool = False
-    routed_scaling_factor: float = 1.0
-    reduce_topk: bool = True
-    deterministic: bool = True
-    path: str = "auto"
-    out_dtype: torch.dtype | None = None
-
-    def tensors(self) -> dict[str, Tensor]:
-        """The tensors that were given, by argument name."""
-        return {name: value for name in TENSOR_ARGUMENTS if (value := getattr(self, name)) is not None}
-
-
-_NAMES = tuple(field.name for field in fields(Arguments))
-TENSOR_ARGUMENTS = _NAMES[: _NAMES.index("activation")]
-REQUIRED_TENSORS = TENSOR_ARGUMENTS[:5]
 
 
 @dataclass(frozen=True)
@@ -182,12 +143,14 @@ def make_problem(args: Arguments, *, traced: bool = False) -> Problem:
 
 
 def check_out(out: Tensor, args: Arguments, problem: Problem, *, traced: bool = False) -> None:
-    """Checks the buffer of the out-variant: shape, dtype, device, and memory of its own.
+    """Checks the buffer of the out-variant: shape, dtype, device, no gradient, and memory of its own.
 
     Raises:
         ValueError: wrong shape or device, an element that stands for several, or memory shared with an input.
-        TypeError: wrong dtype.
+        TypeError: wrong dtype, or not a tensor.
     """
+    if not isinstance(out, Tensor):
+        raise TypeError(f"out is {type(out).__name__}, expected a torch.Tensor")
     _require_shape("out", out, problem.out_shape, "[M, H], or [M, top_k, H] with reduce_topk=False")
     if out.dtype != problem.out_dtype:
         raise TypeError(
@@ -195,15 +158,19 @@ def check_out(out: Tensor, args: Arguments, problem: Problem, *, traced: bool = 
         )
     if out.device != args.hidden_states.device:
         raise ValueError(f"out is on {out.device}, expected {args.hidden_states.device}, where hidden_states is")
+    if out.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            "out requires grad, and the op has no backward; pass out.detach(), or call it in torch.no_grad()"
+        )
     if traced:
         return
-    if torch._debug_has_internal_overlap(out) != 0:
+    if may_overlap_itself(out):
         raise ValueError(
             f"out has strides {list(out.stride())} for shape {list(out.shape)}: one element may stand for several "
             "results; pass a contiguous tensor"
         )
     for name, tensor in args.tensors().items():
-        if torch._C._overlaps(out, tensor):
+        if may_share(out, tensor):
             raise ValueError(f"out shares memory with {name}, which is read while out is written; pass another tensor")
 
 
@@ -215,8 +182,9 @@ def check_route(topk_ids: Tensor, num_experts: int, block: int, expert_map: Tens
         TypeError: a dtype is wrong.
     """
     _require_ndim("topk_ids", topk_ids, "[M, top_k]")
-    _require(num_experts >= 1, lambda: f"num_experts is {num_experts}, expected at least 1")
     _require(1 <= block <= 1024, lambda: f"block is {block}, expected 1 to 1024")
+    most = 2**31 // block - 1
+    _require(1 <= num_experts <= most, lambda: f"num_experts is {num_experts}, expected 1 to {most}")
     _check_ids(topk_ids, expert_map)
     num_routes = topk_ids.shape[0] * topk_ids.shape[1]
     _check_num_routes(num_routes, num_experts, block)
@@ -302,7 +270,12 @@ def _check_shapes(args: Arguments, activation: Activation) -> None:
         _require_ndim(name, tensor, form)
     num_tokens, hidden = hidden_states.shape
     experts, _, intermediate = w2.shape
-    for name, size in (("H", hidden), ("I", intermediate), ("E", experts), ("top_k", ids.shape[1])):
+    for name, size in (
+        ("hidden_states: H", hidden),
+        ("w2: I", intermediate),
+        ("w2: E", experts),
+        ("topk_ids: top_k", ids.shape[1]),
+    ):
         _require(size >= 1, lambda name=name, size=size: f"{name} is {size}, expected at least 1")
     factor = 2 if activation.gated else 1
     rows = "2 * I" if activation.gated else "I"
@@ -347,8 +320,10 @@ def _check_num_routes(num_routes: int, num_experts: int, block: int) -> None:
     """Row numbers of the sorted order are int32 on the device, padding included."""
     _require(
         num_routes + num_experts * block < 2**31,
-        lambda: f"topk_ids has M * top_k = {num_routes} routes, expected fewer than {2**31 - num_experts * block}; "
-        "split the tokens over several calls",
+        lambda: (
+            f"topk_ids has M * top_k = {num_routes} routes, expected fewer than {2**31 - num_experts * block}; "
+            "split the tokens over several calls"
+        ),
     )
 
 
@@ -370,7 +345,10 @@ def _require_shape(name: str, tensor: Tensor, shape: Sequence[int], form: str) -
 def _check_dtypes(args: Arguments) -> None:
     dtype = args.hidden_states.dtype
     if dtype not in COMPUTE_DTYPES:
-        raise TypeError(f"hidden_states has dtype {dtype}, expected {_list(COMPUTE_DTYPES)}")
+        raise TypeError(
+            f"hidden_states has dtype {dtype}, expected {_list(COMPUTE_DTYPES)}; cast it and the weights: "
+            "hidden_states.to(torch.bfloat16)"
+        )
     for name in ("w1", "w2"):
         got = getattr(args, name).dtype
         if got != dtype:
@@ -396,7 +374,8 @@ def _check_devices(args: Arguments) -> None:
     for name, tensor in args.tensors().items():
         if tensor.device != device:
             raise ValueError(
-                f"{name} is on {tensor.device}, expected {device}, where hidden_states is; move it: {name}.to('{device}')"
+                f"{name} is on {tensor.device}, expected {device}, where hidden_states is; move it: "
+                f"{name}.to('{device}')"
             )
 
 

@@ -23,6 +23,8 @@ def plan(args: Arguments) -> tuple[Problem, Plan]:
 
 
 def _run(args: Arguments, problem: Problem, plan: Plan, out: Tensor) -> None:
+    if problem.num_tokens == 0:
+        return
     if plan.path == "tma":
         from moe_ops.backends import tma
 
@@ -53,7 +55,10 @@ def _fused_moe_(out: Tensor, *args, **kwargs) -> None:
     arguments = Arguments(*args, **kwargs)
     problem, chosen = plan(arguments)
     check_out(out, arguments, problem)
-    _run(arguments, problem, chosen, out)
+    # Autograd has no kernel of ours here and would record what the backend does with weights that require grad.
+    with torch.no_grad():
+        _run(arguments, problem, chosen, out)
+    torch.autograd.graph.increment_version(out)
 
 
 def _fused_moe_fake(*args, **kwargs) -> Tensor:
@@ -121,6 +126,4 @@ torch.library.register_fake(f"{NAMESPACE}::route", _route_fake, lib=_library)
 torch.library.register_fake(
     f"{NAMESPACE}::_no_backward", lambda grad, size, dtype: grad.new_empty(size, dtype=dtype), lib=_library
 )
-torch.library.register_autograd(
-    f"{NAMESPACE}::fused_moe_tma", _backward, setup_context=_setup_context, lib=_library
-)
+torch.library.register_autograd(f"{NAMESPACE}::fused_moe_tma", _backward, setup_context=_setup_context, lib=_library)

@@ -1,4 +1,10 @@
-"""The CPU backend: torch only; tokens grouped by expert, one pair of matrix products per expert that has any."""
+"""The CPU backend: torch only. Routes sorted by expert, one pair of matrix products per expert that has any."""
+
+import functools
+import itertools
+import sys
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -6,6 +12,22 @@ from torch import Tensor
 from moe_ops.problem import Arguments, Problem
 from moe_ops.reference import activate, local_experts
 from moe_ops.routing import Routing, empty_routing
+
+# Rows of experts that are taken together: enough to share the calls around the matrix products, few enough to stay
+# in the cache between them. An expert with more rows is taken alone.
+_CHUNK_ROWS = 256
+# Where the CPU has no 16-bit matrix product, converting the weights to fp32 pays from this many rows on.
+_ROWS_TO_WIDEN = 6
+# Columns of the result that each thread gets at least, where a product is split by hand.
+_COLUMNS_TO_SPLIT = 64
+
+
+class Group(NamedTuple):
+    """The sorted routes start .. stop - 1 belong to one expert."""
+
+    expert: int
+    start: int
+    stop: int
 
 
 def run(args: Arguments, problem: Problem, out: Tensor) -> Tensor:
@@ -19,37 +41,115 @@ def run(args: Arguments, problem: Problem, out: Tensor) -> Tensor:
     Returns:
         out.
     """
-    top_k = problem.top_k
-    experts = local_experts(args.topk_ids, problem.num_experts, args.expert_map).flatten()
-    order = torch.argsort(experts, stable=True)
-    counts = torch.bincount(experts + 1, minlength=problem.num_experts + 1).tolist()
-    router_weights = args.topk_weights.float().flatten()
-    rows = torch.empty(problem.num_routes, problem.hidden_size, dtype=problem.dtype)
-    first = counts[0]
-    rows[order[:first]] = 0
-    router_weights = router_weights.index_fill(0, order[:first], 0.0)
-    for expert, count in enumerate(counts[1:]):
-        if count == 0:
-            continue
-        mine = order[first : first + count]
-        first += count
-        up = args.hidden_states[mine // top_k] @ args.w1[expert].T
+    experts, order, groups = _group_routes(args, problem)
+    tokens = order // problem.top_k
+    weights = args.topk_weights.float().flatten()[order].unsqueeze(1)
+    up_product, down_product = _GroupedProduct(args.w1), _GroupedProduct(args.w2)
+    # In the order of the routes, so that the sum over k has the order of k. Routes without an expert stay 0.
+    make = torch.empty if order.numel() == problem.num_routes else torch.zeros
+    routes = make(problem.num_routes, problem.hidden_size)
+    for chunk in _chunks(groups):
+        rows = slice(chunk[0].start, chunk[-1].stop)
+        up = up_product(args.hidden_states[tokens[rows]], chunk)
         if problem.router_weight_on_input or args.w1_bias is not None:
             up = up.float()
             if problem.router_weight_on_input:
-                up *= router_weights[mine, None]
+                up *= weights[rows]
             if args.w1_bias is not None:
-                up += args.w1_bias[expert].float()
+                up += args.w1_bias[experts[rows]]
         act = activate(up.float(), problem).to(problem.dtype)
-        down = act @ args.w2[expert].T
+        down = down_product(act, chunk)
         if args.w2_bias is not None:
-            down = (down.float() + args.w2_bias[expert].float()).to(problem.dtype)
-        rows[mine] = down
-    routes = rows.view(problem.num_tokens, top_k, -1).float()
-    if not problem.router_weight_on_input:
-        routes *= router_weights.view(problem.num_tokens, top_k, 1)
-    routes *= problem.routed_scaling_factor
+            down = (down.float() + args.w2_bias[experts[rows]]).to(problem.dtype)
+        routes[order[rows]] = down.float() if problem.router_weight_on_input else down * weights[rows]
+    if problem.routed_scaling_factor != 1.0:
+        routes *= problem.routed_scaling_factor
+    routes = routes.view(problem.num_tokens, problem.top_k, problem.hidden_size)
     return out.copy_(routes.sum(1) if problem.reduce_topk else routes)
+
+
+def _group_routes(args: Arguments, problem: Problem) -> tuple[Tensor, Tensor, list[Group]]:
+    """The routes that have an expert, sorted by it: their experts, their numbers, and who has which of them."""
+    experts = local_experts(args.topk_ids, problem.num_experts, args.expert_map).flatten()
+    experts, order = experts.sort(stable=True)
+    # Routes without an expert (-1) come first.
+    counts = torch.bincount(experts + 1, minlength=problem.num_experts + 1).tolist()
+    dropped = counts[0]
+    ends = itertools.accumulate(counts[1:])
+    groups = [Group(e, end - count, end) for e, (count, end) in enumerate(zip(counts[1:], ends, strict=True)) if count]
+    return experts[dropped:], order[dropped:], groups
+
+
+def _chunks(groups: Sequence[Group]) -> Iterator[Sequence[Group]]:
+    """Splits groups into runs of at most `_CHUNK_ROWS` rows, or of one group."""
+    first = 0
+    for i, group in enumerate(groups):
+        if i > first and group.stop - groups[first].start > _CHUNK_ROWS:
+            yield groups[first:i]
+            first = i
+    if groups:
+        yield groups[first:]
+
+
+class _GroupedProduct:
+    """rows @ weights[expert]^T for rows sorted by expert: the rows' dtype, fp32 accumulation, one rounding.
+
+    Args:
+        weights: [E, N, K], any strides.
+    """
+
+    def __init__(self, weights: Tensor):
+        parts = _parts(weights.shape[1])
+        self._weights = weights.transpose(1, 2)  # [E, K, N]
+        self._blocks = weights.unflatten(1, (parts, -1)).transpose(2, 3)  # [E, parts, K, N / parts]
+        self._wide_block = None
+        self._rows_to_split = 1 if parts > 1 and weights.dtype == torch.float32 else sys.maxsize
+        if not _has_product(weights.dtype):
+            self._rows_to_split = _ROWS_TO_WIDEN
+
+    def __call__(self, rows: Tensor, groups: Sequence[Group]) -> Tensor:
+        """[n, K] -> [n, N]; `groups` cover the n rows in order."""
+        out = rows.new_empty(rows.shape[0], self._weights.shape[2])
+        first = groups[0].start
+        for expert, start, stop in groups:
+            mine = slice(start - first, stop - first)
+            if stop - start < self._rows_to_split:
+                torch.mm(rows[mine], self._weights[expert], out=out[mine])
+            else:
+                self._split_product(rows[mine], self._blocks[expert], out[mine])
+        return out
+
+    def _split_product(self, rows: Tensor, blocks: Tensor, out: Tensor) -> None:
+        """One product as a batch of column blocks, in fp32: MKL threads over a batch better than within a product."""
+        parts, _, columns = blocks.shape
+        product = torch.bmm(rows.float().expand(parts, *rows.shape), self._widen(blocks))
+        out.view(-1, parts, columns).copy_(product.transpose(0, 1))
+
+    def _widen(self, blocks: Tensor) -> Tensor:
+        """The blocks in fp32; 16-bit ones in a buffer that the next call overwrites."""
+        if blocks.dtype == torch.float32:
+            return blocks
+        if self._wide_block is None:
+            self._wide_block = torch.empty_like(blocks, dtype=torch.float32)
+        return self._wide_block.copy_(blocks)
+
+
+def _parts(columns: int) -> int:
+    """Column blocks to split a product into: one per thread, or 1 where that is not possible or of no use."""
+    threads = torch.get_num_threads()
+    splits = torch.backends.mkl.is_available() and columns % threads == 0 and columns // threads >= _COLUMNS_TO_SPLIT
+    return threads if splits else 1
+
+
+@functools.lru_cache(maxsize=8)
+def _has_product(dtype: torch.dtype) -> bool:
+    """True if matrix products of this dtype are fast on this CPU: torch falls back to plain loops elsewhere."""
+    if dtype == torch.float32:
+        return True
+    if not torch.backends.mkldnn.is_available():
+        return False
+    name = "_is_mkldnn_bf16_supported" if dtype == torch.bfloat16 else "_is_mkldnn_fp16_supported"
+    return getattr(torch.ops.mkldnn, name)()
 
 
 def sort_routes(topk_ids: Tensor, num_experts: int, block: int, expert_map: Tensor | None = None) -> Routing:

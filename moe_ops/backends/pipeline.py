@@ -40,8 +40,6 @@ def run(args: Arguments, problem: Problem, plan: Plan, out: Tensor, describe_ope
     Returns:
         out.
     """
-    if problem.num_routes == 0:
-        return out
     hidden_states = args.hidden_states
     with on_device(hidden_states):
         routing = sort_routes(args.topk_ids, problem.num_experts, plan.block_m, args.expert_map)
@@ -57,7 +55,7 @@ def run(args: Arguments, problem: Problem, plan: Plan, out: Tensor, describe_ope
 
 def _workspace(like: Tensor, num_rows: int, columns: int) -> Tensor:
     """[num_rows, columns] whose rows TMA can step over."""
-    return like.new_empty((num_rows, row_stride(columns, like.element_size())))[:, :columns]
+    return like.new_empty((num_rows, row_stride(columns)))[:, :columns]
 
 
 def _bias(bias: Tensor | None) -> tuple[Tensor | None, int]:
@@ -79,7 +77,8 @@ def _up(args, problem: Problem, plan: Plan, operands: Operands, routing: Routing
         *args.hidden_states.stride(), *w1.stride(), stride_be, act.stride(0),
         TOP_K=problem.top_k, ACTIVATION=activation.name, GATED=activation.gated,
         INTERLEAVED=problem.gate_up_layout == "interleaved", HAS_LIMIT=problem.limit is not None,
-        N_MAJOR=w1.stride(2) != 1, **_tile(config, problem.hidden_size, w1.dtype),
+        X_UNIT=_unit(args.hidden_states.stride(0)), **_weight(w1), **_sizes(problem),
+        **_tile(config, problem.hidden_size, w1.dtype),
     )  # fmt: skip
 
 
@@ -88,13 +87,26 @@ def _down(args, problem: Problem, plan: Plan, operands: Operands, routing: Routi
     bias, stride_be = _bias(args.w2_bias)
     launch(
         down_kernel, plan.max_tiles * triton.cdiv(problem.hidden_size, config.block_n),
-        operands.act_desc, None if operands.act_desc is not None else act,
-        operands.w2_desc, None if operands.w2_desc is not None else w2, bias,
+        operands.act_desc, act, operands.w2_desc, None if operands.w2_desc is not None else w2, bias,
         rows, routing.sorted_routes, routing.tile_experts, routing.num_padded,
         problem.num_routes, problem.hidden_size, problem.intermediate_size,
         act.stride(0), *w2.stride(), stride_be, rows.stride(0),
-        N_MAJOR=w2.stride(2) != 1, **_tile(config, problem.intermediate_size, w2.dtype),
+        **_weight(w2), **_sizes(problem), **_tile(config, problem.intermediate_size, w2.dtype),
     )  # fmt: skip
+
+
+def _unit(*sizes: int) -> int:
+    """A unit of 16 bytes for 16-bit elements, where all sizes are multiples of it: what vector loads need to know."""
+    return 8 if all(size % 8 == 0 for size in sizes) else 1
+
+
+def _sizes(problem: Problem) -> dict[str, int]:
+    return {"H_UNIT": _unit(problem.hidden_size), "I_UNIT": _unit(problem.intermediate_size)}
+
+
+def _weight(weight: Tensor) -> dict[str, object]:
+    n_major = weight.stride(2) != 1
+    return {"N_MAJOR": n_major, "W_UNIT": _unit(weight.stride(0), weight.stride(2 if n_major else 1))}
 
 
 def _tile(config, reduction: int, dtype: torch.dtype) -> dict[str, object]:
@@ -116,8 +128,8 @@ def combine(problem: Problem, rows: Tensor, inverse: Tensor, router_weights: Ten
     stride_om, stride_ok, stride_oh = (out.stride(0), 0, out.stride(1)) if problem.reduce_topk else out.stride()
     launch(
         combine_kernel, problem.num_tokens * triton.cdiv(problem.hidden_size, block_h),
-        rows, inverse, router_weights, out, problem.routed_scaling_factor, problem.hidden_size,
-        rows.stride(0), stride_om, stride_ok, stride_oh,
-        TOP_K=problem.top_k, UNROLL=min(_COMBINE_UNROLL, triton.next_power_of_2(problem.top_k)),
+        rows, inverse, router_weights, out, problem.routed_scaling_factor, problem.top_k,
+        problem.hidden_size, rows.stride(0), stride_om, stride_ok, stride_oh,
+        UNROLL=min(_COMBINE_UNROLL, triton.next_power_of_2(problem.top_k)),
         REDUCE=problem.reduce_topk, BLOCK_H=block_h, num_warps=4,
     )  # fmt: skip

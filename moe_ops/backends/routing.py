@@ -11,6 +11,7 @@ from moe_ops.routing import Routing, empty_routing
 _SMALL_ROUTES = 1024
 _CHUNK = 128
 _TILES = 32
+_SCAN_STEP = 1024
 
 
 def sort_routes(topk_ids: Tensor, num_experts: int, block: int, expert_map: Tensor | None = None) -> Routing:
@@ -44,7 +45,7 @@ def sort_routes(topk_ids: Tensor, num_experts: int, block: int, expert_map: Tens
             kernels.count_kernel, num_chunks, ids, expert_map, chunk_counts, routing.inverse, num_routes, num_chunks,
             num_ids, NUM_EXPERTS=num_experts, BINS=sizes["BINS"], CHUNK=_CHUNK, num_warps=4,
         )  # fmt: skip
-        launch(kernels.scan_kernel, num_experts, chunk_counts, counts, num_chunks, STEP=1024, num_warps=4)
+        launch(kernels.scan_kernel, num_experts, chunk_counts, counts, num_chunks, STEP=_SCAN_STEP, num_warps=4)
         launch(
             kernels.scatter_kernel, max(num_chunks, triton.cdiv(max_tiles, _TILES)), ids, expert_map, chunk_counts,
             counts, *outputs, num_routes, num_chunks, max_tiles, num_ids, **sizes, CHUNK=_CHUNK, TILES=_TILES,

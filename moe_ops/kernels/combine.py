@@ -4,11 +4,11 @@ import triton
 import triton.language as tl
 
 
-@triton.jit(do_not_specialize=["factor"])
+@triton.jit(do_not_specialize=["factor", "top_k"])
 def combine_kernel(
-    rows_ptr, inverse_ptr, router_weights_ptr, out_ptr, factor, H,
+    rows_ptr, inverse_ptr, router_weights_ptr, out_ptr, factor, top_k, H,
     stride_rm, stride_om, stride_ok, stride_oh,
-    TOP_K: tl.constexpr, UNROLL: tl.constexpr, REDUCE: tl.constexpr, BLOCK_H: tl.constexpr,
+    UNROLL: tl.constexpr, REDUCE: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     """out[m] = factor * sum_k weight[m, k] * rows[inverse[m, k]], or the summands themselves (not REDUCE).
 
@@ -17,21 +17,21 @@ def combine_kernel(
     num_h = tl.cdiv(H, BLOCK_H)
     token = (tl.program_id(0) // num_h).to(tl.int64)
     columns = (tl.program_id(0) % num_h) * BLOCK_H + tl.arange(0, BLOCK_H)
-    mask = columns < H
     out_ptrs = out_ptr + token * stride_om + columns.to(tl.int64) * stride_oh
     total = tl.zeros((BLOCK_H,), tl.float32)
-    for first in range(0, TOP_K, UNROLL):
+    for first in range(0, top_k, UNROLL):
         for step in tl.static_range(UNROLL):
             k = first + step
-            row = tl.load(inverse_ptr + token * TOP_K + k, mask=k < TOP_K, other=-1).to(tl.int64)
-            kept = row >= 0
-            value = tl.load(rows_ptr + row * stride_rm + columns, mask=mask & kept, other=0.0).to(tl.float32)
+            row = tl.load(inverse_ptr + token * top_k + k, mask=k < top_k, other=-1).to(tl.int64)
+            # Masks compare columns with a bound: the interpreter cannot AND a vector with a scalar condition.
+            value = tl.load(rows_ptr + row * stride_rm + columns, mask=columns < tl.where(row >= 0, H, 0), other=0.0)
+            value = value.to(tl.float32)
             if router_weights_ptr is not None:
-                value *= tl.load(router_weights_ptr + token * TOP_K + k, mask=kept, other=0.0).to(tl.float32)
+                value *= tl.load(router_weights_ptr + token * top_k + k, mask=row >= 0, other=0.0).to(tl.float32)
             if REDUCE:
                 total += value
             else:
                 tl.store(out_ptrs + k * stride_ok, (value * factor).to(out_ptr.dtype.element_ty),
-                         mask=mask & (k < TOP_K))  # fmt: skip
+                         mask=columns < tl.where(k < top_k, H, 0))  # fmt: skip
     if REDUCE:
-        tl.store(out_ptrs, (total * factor).to(out_ptr.dtype.element_ty), mask=mask)
+        tl.store(out_ptrs, (total * factor).to(out_ptr.dtype.element_ty), mask=columns < H)

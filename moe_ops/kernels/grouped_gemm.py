@@ -19,6 +19,12 @@ from moe_ops.kernels.activation import activate_gated, nonlinearity
 
 
 @triton.jit
+def _multiple(n, UNIT: tl.constexpr):
+    """n, a multiple of UNIT, in a form from which the compiler sees that it is: it knows by itself of multiples of 16."""
+    return n // UNIT * UNIT
+
+
+@triton.jit
 def _tile(pid, num_m, num_n, GROUP_M: tl.constexpr):
     """Program -> (row block, column block): GROUP_M row blocks sweep the columns together and share weights in L2."""
     width = GROUP_M * num_n
@@ -39,6 +45,15 @@ def _weight_rows(n, I, BLOCK_N: tl.constexpr, HALVES: tl.constexpr, COLUMNS: tl.
         return (column // BLOCK_N) * I + in_half, in_half < I
     else:
         return n + column, n + column < I
+
+
+@triton.jit
+def _weight_strides(stride_we, stride_wn, stride_wk, N_MAJOR: tl.constexpr, UNIT: tl.constexpr):
+    """The strides of a weight, all but the innermost known to be multiples of UNIT."""
+    if N_MAJOR:
+        return _multiple(stride_we, UNIT), stride_wn, _multiple(stride_wk, UNIT)
+    else:
+        return _multiple(stride_we, UNIT), _multiple(stride_wn, UNIT), stride_wk
 
 
 @triton.jit
@@ -95,7 +110,8 @@ def up_kernel(
     num_routes, H, I, alpha, limit,
     stride_xm, stride_xk, stride_we, stride_wn, stride_wk, stride_be, stride_am,
     TOP_K: tl.constexpr, ACTIVATION: tl.constexpr, GATED: tl.constexpr, INTERLEAVED: tl.constexpr,
-    HAS_LIMIT: tl.constexpr, N_MAJOR: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_LIMIT: tl.constexpr, H_UNIT: tl.constexpr, I_UNIT: tl.constexpr, X_UNIT: tl.constexpr, W_UNIT: tl.constexpr,
+    N_MAJOR: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     """act[p] = act(x[token of p] @ w1[e]^T (* router weight) + b1[e]) for the sorted rows p.
@@ -105,6 +121,8 @@ def up_kernel(
     """
     HALVES: tl.constexpr = GATED and not INTERLEAVED
     COLUMNS: tl.constexpr = 2 * BLOCK_N if GATED else BLOCK_N
+    H, I, stride_xm = _multiple(H, H_UNIT), _multiple(I, I_UNIT), _multiple(stride_xm, X_UNIT)
+    stride_we, stride_wn, stride_wk = _weight_strides(stride_we, stride_wn, stride_wk, N_MAJOR, W_UNIT)
     num_m = tl.load(num_padded_ptr) // BLOCK_M
     num_n = tl.cdiv(I, BLOCK_N)
     if tl.program_id(0) >= num_m * num_n:
@@ -147,10 +165,13 @@ def down_kernel(
     act_desc, act_ptr, w_desc, w_ptr, bias_ptr, rows_ptr, sorted_routes_ptr, tile_experts_ptr, num_padded_ptr,
     num_routes, H, I,
     stride_am, stride_we, stride_wn, stride_wk, stride_be, stride_rm,
+    H_UNIT: tl.constexpr, I_UNIT: tl.constexpr, W_UNIT: tl.constexpr,
     N_MAJOR: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     """rows[p] = act[p] @ w2[e]^T + b2[e] for the sorted rows p. Padding rows are computed with, and never stored."""
+    H, I = _multiple(H, H_UNIT), _multiple(I, I_UNIT)
+    stride_we, stride_wn, stride_wk = _weight_strides(stride_we, stride_wn, stride_wk, N_MAJOR, W_UNIT)
     num_m = tl.load(num_padded_ptr) // BLOCK_M
     num_n = tl.cdiv(H, BLOCK_N)
     if tl.program_id(0) >= num_m * num_n:

@@ -9,8 +9,13 @@ from moe_ops.tuning.config import TileConfig
 # Triton's barriers and scratch beside the pipeline's stages.
 _SHARED_MEMORY_RESERVE = 2048
 
+# Below this (sm_120 has 99 KiB) the large TMA tiles would be left with two stages, and spill.
+_LARGE_SHARED_MEMORY = 160 * 1024
 
-def tile_configs(problem: Problem, device: Device, path: str, *, batch_invariant: bool) -> tuple[TileConfig, TileConfig]:
+
+def tile_configs(
+    problem: Problem, device: Device, path: str, *, batch_invariant: bool
+) -> tuple[TileConfig, TileConfig]:
     """Chooses the tiles of the up and the down GEMM.
 
     The row block follows the rows an expert can expect: a block must hold them, since a second block reads the
@@ -31,7 +36,7 @@ def tile_configs(problem: Problem, device: Device, path: str, *, batch_invariant
         rows_per_expert = problem.num_routes / max(1, min(problem.num_routes, problem.num_experts))
     if problem.dtype.itemsize == 4:
         up, down = _fp32(rows_per_expert)
-    elif path == "tma":
+    elif path == "tma" and device.shared_memory >= _LARGE_SHARED_MEMORY:
         up, down = _tma(rows_per_expert)
     else:
         up, down = _classic(rows_per_expert)

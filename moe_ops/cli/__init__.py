@@ -1,0 +1,15 @@
+"""The command line: `python -m moe_ops <command>`."""
+
+import argparse
+from collections.abc import Sequence
+
+from moe_ops.cli import bench
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command; returns the exit status (2 for wrong arguments)."""
+    parser = argparse.ArgumentParser(prog="python -m moe_ops", description="Tools of the moe_ops operator.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    bench.add_parser(commands)
+    options = parser.parse_args(arguments)
+    return options.run(options)

@@ -1,0 +1,19 @@
+"""What it takes to test the op, for its own tests and for anybody else's: inputs, oracle, emulator, rule, overrides."""
+
+from moe_ops.testing.emulator import emulate
+from moe_ops.testing.inputs import ROUTINGS, exact_inputs, random_inputs
+from moe_ops.testing.overrides import override, poisoned_memory
+from moe_ops.testing.rule import Errors, assert_correct, assert_exact, errors
+
+__all__ = [
+    "ROUTINGS",
+    "Errors",
+    "assert_correct",
+    "assert_exact",
+    "emulate",
+    "errors",
+    "exact_inputs",
+    "override",
+    "poisoned_memory",
+    "random_inputs",
+]

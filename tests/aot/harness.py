@@ -1,0 +1,159 @@
+"""Compiles the kernels a call would launch, for any NVIDIA architecture, on a machine without a GPU.
+
+The backends run unchanged on CPU tensors; a stand-in driver names the target and every launch becomes a compilation
+(`JITFunction.warmup`). What is checked is therefore what ships: grids, arguments and descriptors included.
+"""
+
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from moe_ops.devices import Device
+from moe_ops.dispatch import make_plan
+from moe_ops.problem import Arguments, make_problem
+
+KIB = 1024
+DEVICES = {
+    80: Device("cuda", "A100", (8, 0), 108, 163 * KIB, triton.__version__, True),
+    90: Device("cuda", "H200", (9, 0), 132, 227 * KIB, triton.__version__, True),
+    100: Device("cuda", "B200", (10, 0), 148, 227 * KIB, triton.__version__, True),
+    120: Device("cuda", "RTX 5090", (12, 0), 170, 99 * KIB, triton.__version__, True),
+}
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """One compiled kernel."""
+
+    name: str
+    ptx: str
+    shared_memory: int
+    spills: int
+    registers: int
+
+    def count(self, instruction: str) -> int:
+        """How often an instruction stands in the PTX."""
+        return self.ptx.count(instruction)
+
+
+class _Driver:
+    """Answers Triton's questions about the device for a target that is not there."""
+
+    def __init__(self, arch: int) -> None:
+        self.arch = arch
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.arch, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int = 0) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+    @property
+    def launcher_cls(self):
+        return lambda *args, **kwargs: None
+
+
+@contextmanager
+def compiling(arch: int) -> Iterator[list]:
+    """Within the block every launch compiles for sm_<arch> and is added to the list instead of running."""
+    launches = []
+    previous_driver, previous_getitem = driver._active, JITFunction.__getitem__
+
+    def getitem(self, grid):
+        return lambda *args, **kwargs: launches.append((self, self.warmup(*args, grid=grid, **kwargs)))
+
+    # Kernels are cached per device number, and every architecture here is device 0.
+    _forget_kernels()
+    driver.set_active(_Driver(arch))
+    JITFunction.__getitem__ = getitem
+    try:
+        yield launches
+    finally:
+        JITFunction.__getitem__ = previous_getitem
+        driver._active = previous_driver
+        _forget_kernels()
+
+
+def _forget_kernels() -> None:
+    from moe_ops.kernels import combine, grouped_gemm, route
+
+    for module in (combine, grouped_gemm, route):
+        for value in vars(module).values():
+            if isinstance(value, JITFunction):
+                value.device_caches.clear()
+
+
+def compile_call(args: Arguments, arch: int) -> dict[str, Compiled]:
+    """Compiles every kernel of a call for sm_<arch>; the plan is the one dispatch makes for such a device."""
+    problem = make_problem(args)
+    plan = make_plan(problem, DEVICES[arch])
+    from moe_ops.backends import classic, tma
+
+    out = args.hidden_states.new_empty(problem.out_shape, dtype=problem.out_dtype)
+    with compiling(arch) as launches:
+        {"tma": tma, "classic": classic}[plan.path].run(args, problem, plan, out)
+    return {fn.__name__: _report(fn.__name__, kernel, arch) for fn, kernel in launches}
+
+
+def _report(name: str, kernel, arch: int) -> Compiled:
+    ptx = kernel.asm["ptx"]
+    target = re.search(r"\.target (\S+?)[,\s]", ptx).group(1)
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "kernel.ptx")
+        with open(path, "w") as file:
+            file.write(ptx)
+        log = _assemble(path, target)
+    spills = sum(int(n) for n in re.findall(r"(\d+) bytes spill", log))
+    registers = max((int(n) for n in re.findall(r"Used (\d+) registers", log)), default=0)
+    return Compiled(name, ptx, kernel.metadata.shared, spills, registers)
+
+
+def _assemble(path: str, target: str) -> str:
+    """The report of one of the two assemblers Triton bundles; only one of them may know the PTX version."""
+    folder = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin")
+    log = ""
+    for name in ("ptxas", "ptxas-blackwell"):
+        if os.path.exists(os.path.join(folder, name)):
+            command = [os.path.join(folder, name), "-v", f"--gpu-name={target}", path, "-o", f"{path}.cubin"]
+            result = subprocess.run(command, capture_output=True, text=True)
+            if result.returncode == 0:
+                return result.stderr
+            log += result.stderr
+    raise RuntimeError(f"no bundled assembler accepts the PTX for {target}: {log}")
+
+
+def make_call(num_tokens=64, hidden=512, intermediate=256, experts=8, top_k=2, dtype=torch.bfloat16, **options):
+    """A call whose tensors have only shapes that matter; `weights="n_major"` and `bias=True` are taken out."""
+    n_major = options.pop("n_major", False)
+    bias = options.pop("bias", False)
+    rows = intermediate if options.get("activation", "silu").endswith("_no_gate") else 2 * intermediate
+    w1 = torch.zeros(experts, rows, hidden, dtype=dtype)
+    w2 = torch.zeros(experts, hidden, intermediate, dtype=dtype)
+    if n_major:
+        w1, w2 = (w.transpose(1, 2).contiguous().transpose(1, 2) for w in (w1, w2))
+    return Arguments(
+        torch.zeros(num_tokens, hidden, dtype=dtype),
+        w1,
+        w2,
+        torch.zeros(num_tokens, top_k),
+        torch.zeros(num_tokens, top_k, dtype=torch.int32),
+        torch.zeros(experts, rows, dtype=dtype) if bias else None,
+        torch.zeros(experts, hidden) if bias else None,
+        **options,
+    )
