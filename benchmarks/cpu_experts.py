@@ -2,7 +2,8 @@
 
 Both are called on a real `Qwen3MoeExperts` module that holds the same weights: "eager" is the module's own loop over
 the experts, "grouped_mm" is `experts_implementation="grouped_mm"`. The three must agree before anything is timed. Runs
-alternate in a random order, so that a busy machine slows all three alike; the ratios are medians of per-round ratios.
+alternate in a random order, and the ratios are medians of per-round ratios. Rounds during which other processes used
+the CPU are left out as long as there are enough others; a row made of busy rounds says so.
 
     python benchmarks/cpu_experts.py [--rounds 15] [--tokens 1 16 256 2048] [--dtypes bfloat16 float32] [--json FILE]
 """
@@ -10,6 +11,7 @@ alternate in a random order, so that a busy machine slows all three alike; the r
 import argparse
 import datetime
 import json
+import os
 import platform
 import random
 import statistics
@@ -26,8 +28,19 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 import moe_ops
 
 OURS, BASELINES = "moe_ops", ("eager", "grouped_mm")
+# A block of rounds counts as quiet if other processes took no more than this share of the CPU time during it.
+BLOCK_SECONDS, QUIET_SHARE = 0.3, 0.05
 # Two implementations that round differently, relative to the largest element of the result.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
+
+HEADER = "   dtype     M  moe_ops ms   eager ms  grouped_mm ms  vs eager  vs grouped_mm  rounds"
+ROW = (
+    "{dtype:>8} {M:>5} {moe_ops_ms:>11.2f} {eager_ms:>10.2f} {grouped_mm_ms:>14.2f} {vs_eager:>8.2f}x "
+    "{vs_grouped_mm:>13.2f}x {rounds:>7}"
+)
+
+Round = dict[str, float]
+"""Seconds of one run of each contender, by name."""
 
 
 def make_experts(args: argparse.Namespace, dtype: torch.dtype) -> Qwen3MoeExperts:
@@ -74,27 +87,54 @@ def check(contenders: dict[str, Callable[[], Tensor]], dtype: torch.dtype) -> No
             raise RuntimeError(f"{OURS} and {name} differ by {error:.1e} of the largest element in {dtype}")
 
 
-def measure(contenders: dict[str, Callable[[], Tensor]], rounds: int, seconds: float) -> dict[str, list[float]]:
-    """Seconds of each run, by contender: at least `rounds` of them, more while they fit into `seconds`."""
-    times = {name: [] for name in contenders}
+class LoadMeter:
+    """How much of the machine's CPU time went to others than this process; 0 where the system does not tell."""
+
+    def __init__(self):
+        self._last = self._read()
+
+    def _read(self) -> tuple[float, float, float]:
+        own = sum(os.times()[:2])
+        try:
+            fields = [int(field) for field in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
+        except (OSError, ValueError):
+            return 0.0, 0.0, own
+        tick = os.sysconf("SC_CLK_TCK")
+        idle = fields[3] + fields[4]
+        return sum(fields) / tick, (sum(fields) - idle) / tick, own
+
+    def share(self) -> float:
+        """The others' share since the last call."""
+        before, self._last = self._last, self._read()
+        total, busy, own = (now - then for now, then in zip(self._last, before, strict=True))
+        return max(0.0, (busy - own) / total) if total > 0 else 0.0
+
+
+def measure(contenders: dict[str, Callable[[], Tensor]], rounds: int, seconds: float) -> tuple[list[Round], bool]:
+    """At least `rounds` rounds: quiet ones as far as `seconds` allow, all of them otherwise; and whether quiet."""
+    quiet, busy = [], []
     names = list(contenders)
-    deadline = time.perf_counter() + seconds
-    while len(times[OURS]) < rounds or (time.perf_counter() < deadline and len(times[OURS]) < 20 * rounds):
-        random.shuffle(names)
-        for name in names:
-            start = time.perf_counter()
-            contenders[name]()
-            times[name].append(time.perf_counter() - start)
-    return times
+    meter, deadline = LoadMeter(), time.perf_counter() + seconds
+    while len(quiet) < rounds and (time.perf_counter() < deadline or len(quiet) + len(busy) < rounds):
+        block, block_end = [], time.perf_counter() + BLOCK_SECONDS
+        while not block or time.perf_counter() < block_end:
+            random.shuffle(names)
+            times = {}
+            for name in names:
+                start = time.perf_counter()
+                contenders[name]()
+                times[name] = time.perf_counter() - start
+            block.append(times)
+        (quiet if meter.share() <= QUIET_SHARE else busy).extend(block)
+    return (quiet, True) if len(quiet) >= rounds else (quiet + busy, False)
 
 
-def summarise(times: dict[str, list[float]]) -> dict[str, float]:
+def summarise(rounds: list[Round], quiet: bool) -> dict[str, float]:
     """Medians in milliseconds, and how many times faster than each baseline ours is."""
-    row = {f"{name}_ms": 1e3 * statistics.median(runs) for name, runs in times.items()}
+    row = {f"{name}_ms": 1e3 * statistics.median(times[name] for times in rounds) for name in rounds[0]}
     for name in BASELINES:
-        ratios = [theirs / ours for theirs, ours in zip(times[name], times[OURS], strict=True)]
-        row[f"vs_{name}"] = statistics.median(ratios)
-    return row | {"rounds": len(times[OURS])}
+        row[f"vs_{name}"] = statistics.median(times[name] / times[OURS] for times in rounds)
+    return row | {"rounds": len(rounds), "quiet": quiet}
 
 
 def cpu_name() -> str:
@@ -127,9 +167,10 @@ def parse() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=15, help="runs of each implementation, at least")
-    parser.add_argument("--seconds", type=float, default=3.0, help="keep adding rounds to a row for this long")
+    parser.add_argument("--seconds", type=float, default=20.0, help="wait this long per row for quiet rounds")
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 16, 256, 2048])
-    parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"], choices=["bfloat16", "float16", "float32"])
+    dtypes = ["bfloat16", "float16", "float32"]
+    parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"], choices=dtypes)
     parser.add_argument("--experts", type=int, default=64)
     parser.add_argument("--top-k", type=int, default=8)
     parser.add_argument("--hidden", type=int, default=1024)
@@ -148,7 +189,7 @@ def main() -> None:
     random.seed(0)
     facts = environment(args)
     print("  ".join(f"{key}={value}" for key, value in facts.items()))
-    print(f"{'dtype':>9} {'M':>5} {'moe_ops ms':>11} {'eager ms':>9} {'grouped ms':>11} {'vs eager':>9} {'vs grouped':>11}")
+    print(HEADER)
     rows = []
     for name in args.dtypes:
         dtype = getattr(torch, name)
@@ -156,13 +197,9 @@ def main() -> None:
         for num_tokens in args.tokens:
             contenders = make_contenders(experts, num_tokens, args.top_k)
             check(contenders, dtype)
-            row = summarise(measure(contenders, args.rounds, args.seconds))
+            row = summarise(*measure(contenders, args.rounds, args.seconds))
             rows.append({"dtype": name, "M": num_tokens} | row)
-            print(
-                f"{name:>9} {num_tokens:>5} {row['moe_ops_ms']:>11.2f} {row['eager_ms']:>9.2f} "
-                f"{row['grouped_mm_ms']:>11.2f} {row['vs_eager']:>8.2f}x {row['vs_grouped_mm']:>10.2f}x",
-                flush=True,
-            )
+            print(ROW.format(**rows[-1]) + ("" if row["quiet"] else "  (busy machine)"), flush=True)
     if args.json is not None:
         args.json.write_text(json.dumps({"environment": facts, "rows": rows}, indent=2) + "\n")
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from moe_ops import env
 from moe_ops.devices import Device
-from moe_ops.problem import Problem
+from moe_ops.problem import PATHS, Problem
 from moe_ops.routing import max_row_blocks
 from moe_ops.tuning import TileConfig, tile_configs
 
@@ -55,6 +55,10 @@ class Override:
     path: str | None = None
     up: TileConfig | None = None
     down: TileConfig | None = None
+
+    def __post_init__(self) -> None:
+        if self.path is not None and self.path not in PATHS:
+            raise ValueError(f"path is {self.path!r}, expected one of {', '.join(map(repr, PATHS))}")
 
 
 _override: contextvars.ContextVar[Override | None] = contextvars.ContextVar("moe_ops_override", default=None)

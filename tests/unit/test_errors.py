@@ -119,12 +119,11 @@ for name, dtype in (("w1", torch.bfloat16), ("w1", torch.int8), ("w2", torch.flo
     case(f"{name}-{dtype}", name, edit(**{name: to(dtype)}), TypeError,
          f"{name} has dtype {dtype}", "expected torch.float32, the dtype of hidden_states",
          f"cast one of them: {name}.to(torch.float32) or hidden_states.to({dtype})")
-case("both-weights-bfloat16", "w1", edit(w1=to(torch.bfloat16), w2=to(torch.bfloat16)), TypeError,
-     "w1 has dtype torch.bfloat16", "expected torch.float32", "or hidden_states.to(torch.bfloat16)")
+case("both-weights", "w1", edit(w1=to(torch.bfloat16), w2=to(torch.bfloat16)), TypeError, "hidden_states.to(torch.bf")
 for name, dtypes, expected, cast in (
     ("w1_bias", (torch.float16, torch.int32), "torch.float32", "float32"),
     ("w2_bias", (torch.float64, torch.bool), "torch.float32", "float32"),
-    ("topk_weights", (torch.int64, torch.float8_e5m2, torch.complex64), "a floating-point dtype of at", "float32"),
+    ("topk_weights", (torch.int64, torch.float8_e5m2, torch.complex64), "a floating-point dtype", "float32"),
     ("topk_ids", (torch.float32, torch.int16, torch.uint8, torch.bool), "torch.int32 or torch.int64", "int32"),
     ("expert_map", (torch.int64, torch.float32), "torch.int32", "int32"),
 ):
@@ -387,10 +386,9 @@ def test_check_can_fail(damage, error, word, complaint):
 
 
 def test_optimized_python_changes_nothing():
-    root = Path(__file__).resolve().parents[2]
     done = subprocess.run(
         [sys.executable, "-O", __file__],
-        env={**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
     )

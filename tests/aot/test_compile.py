@@ -1,0 +1,85 @@
+"""Ahead of time, without a GPU: the kernels a call launches compile for every architecture, to the instructions meant."""
+
+import pytest
+import torch
+
+from tests.aot.harness import DEVICES, KIB, compile_call, make_call
+from moe_ops.dispatch import make_plan
+from moe_ops.problem import make_problem
+
+# Tokens for 8 experts and top_k 2: 4, 16, 48 and 256 rows per expert, one for each tile of the heuristic.
+TOKENS = [16, 64, 192, 1024]
+GEMMS = ("up_kernel", "down_kernel")
+
+VARIANTS = {
+    "plain": {},
+    "tails": {"hidden": 1000, "intermediate": 360},
+    "2880": {"hidden": 2880, "intermediate": 2880},
+    "n_major": {"n_major": True},
+    "n_major_interleaved": {"n_major": True, "gate_up_layout": "interleaved"},
+    "gpt_oss": {"activation": "swigluoai", "gate_up_layout": "interleaved", "bias": True},
+    "router_weight_on_input": {"apply_router_weight_on_input": True, "bias": True},
+    "no_gate": {"activation": "relu2_no_gate"},
+}
+
+
+@pytest.mark.parametrize("num_tokens", TOKENS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_hopper_tma(dtype, num_tokens):
+    kernels = compile_call(make_call(num_tokens, dtype=dtype), 90)
+    for name in GEMMS:
+        kernel = kernels[name]
+        assert kernel.count("cp.async.bulk.tensor") > 0
+        assert kernel.spills == 0
+        assert 0 < kernel.shared_memory <= 227 * KIB
+        # 16 and 32 rows are too few for wgmma's 64: those tiles use mma.sync.
+        assert (kernel.count("wgmma.mma_async") > 0) == (num_tokens >= 192)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("num_tokens", [16, 1024])
+def test_hopper_tma_variants_do_not_spill(name, num_tokens):
+    kernels = compile_call(make_call(num_tokens, **VARIANTS[name]), 90)
+    for kernel in kernels.values():
+        assert kernel.spills == 0, kernel.name
+        assert kernel.shared_memory <= 227 * KIB
+    for name in GEMMS:
+        assert kernels[name].count("cp.async.bulk.tensor") > 0
+
+
+def test_hopper_gathers_rows_asynchronously():
+    """A loss of alignment information turns 16-byte copies into single elements, without any other sign."""
+    for sizes in ({}, {"hidden": 1000, "intermediate": 360}):
+        assert compile_call(make_call(1024, **sizes), 90)["up_kernel"].count("cp.async.cg") > 0
+
+
+@pytest.mark.parametrize("num_tokens", [16, 1024])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_ampere_classic(dtype, num_tokens):
+    args = make_call(num_tokens, dtype=dtype)
+    assert make_plan(make_problem(args), DEVICES[80]).path == "classic"
+    kernels = compile_call(args, 80)
+    for name in GEMMS:
+        kernel = kernels[name]
+        assert kernel.count("cp.async.bulk.tensor") == kernel.count("wgmma.mma_async") == 0
+        assert (kernel.count("mma.sync") > 0) == (dtype == torch.bfloat16)
+        assert kernel.spills == 0 or dtype == torch.float32
+        assert kernel.shared_memory <= 163 * KIB
+
+
+@pytest.mark.parametrize("num_tokens", [16, 1024])
+@pytest.mark.parametrize("arch", [100, 120])
+def test_blackwell_tma(arch, num_tokens):
+    kernels = compile_call(make_call(num_tokens), arch)
+    for name in GEMMS:
+        assert kernels[name].count("cp.async.bulk.tensor") > 0
+        assert kernels[name].shared_memory <= DEVICES[arch].shared_memory
+
+
+@pytest.mark.parametrize("arch", DEVICES)
+def test_many_routes_and_fallback(arch):
+    """The three-launch sort, and weights whose rows TMA cannot step over."""
+    kernels = compile_call(make_call(2048, hidden=511, intermediate=96), arch)
+    assert {"count_kernel", "scan_kernel", "scatter_kernel", "combine_kernel", *GEMMS} == set(kernels)
+    for name in GEMMS:
+        assert kernels[name].count("cp.async.bulk.tensor") == 0
