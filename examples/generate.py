@@ -1,11 +1,12 @@
 """Generates text with a Mixture-of-Experts model whose experts run through moe_ops.
 
-A small Qwen3-MoE learns to write like this repository's own text, byte by byte: half a minute, and then the weights
+A small Qwen3-MoE learns to write like this repository's own text, byte by byte: 40 seconds, and then the weights
 are kept for the next run. It is loaded back with experts_implementation="moe_ops", compared with transformers' own
 experts and timed. Nothing is downloaded. The exit status is 1 if the logits disagree.
 """
 
 import argparse
+import copy
 import hashlib
 import json
 import math
@@ -36,7 +37,7 @@ QUICK = moe_ops.env.flag("MOE_OPS_EXAMPLE_QUICK")
 MODEL = {
     "vocab_size": 256,
     "hidden_size": 32 if QUICK else 128,
-    "moe_intermediate_size": 16 if QUICK else 64,
+    "moe_intermediate_size": 16 if QUICK else 32,
     "num_hidden_layers": 2 if QUICK else 4,
     "num_experts": 8 if QUICK else 16,
     "num_experts_per_tok": 2 if QUICK else 4,
@@ -45,15 +46,15 @@ MODEL = {
     "num_key_value_heads": 2,
     "head_dim": 8 if QUICK else 32,
     "max_position_embeddings": 1024,
-    "initializer_range": 0.04,
+    "initializer_range": 0.06,
 }
-CONTEXT = 64 if QUICK else 256
+CONTEXT = 64 if QUICK else 128
 BATCH = {"cpu": 4, "cuda": 64}
-LEARNING_RATE = 4e-3
+LEARNING_RATE = 3e-3
 IMPLEMENTATIONS = ("eager", "grouped_mm", "moe_ops")
-# Largest difference of the logits, as a part of the largest logit. In 16 bits every layer rounds its experts' outputs
-# in another place, and the differences add up over the layers.
-TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+# What the logits may be off, root mean square, as a part of their own: in float32 this much. In 16 bits every layer
+# rounds, a tie between two experts may go either way, and the yardstick is how far transformers' experts are off.
+FLOAT32_TOLERANCE, YARDSTICKS = 1e-5, 2.0
 
 
 def parse_args() -> argparse.Namespace:
@@ -62,7 +63,7 @@ def parse_args() -> argparse.Namespace:
     cuda = torch.cuda.is_available()
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if cuda else "cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="bfloat16 on cuda, else float32")
-    parser.add_argument("--seconds", type=float, default=2 if QUICK else 30, help="time to train (default %(default)s)")
+    parser.add_argument("--seconds", type=float, default=2 if QUICK else 40, help="time to train (default %(default)s)")
     parser.add_argument("--tokens", type=int, default=24 if QUICK else 200, help="bytes to write (default %(default)s)")
     parser.add_argument("--prompt", default='"""The experts ', help="text to go on from (default %(default)r)")
     parser.add_argument("--cache", type=Path, default=ROOT / ".cache" / "generate", help="folder for trained weights")
@@ -153,18 +154,20 @@ def logits(model: Qwen3MoeForCausalLM, ids: Tensor, steps: int = 8) -> Tensor:
 
 def agrees(model: Qwen3MoeForCausalLM, ids: Tensor) -> bool:
     """Compares the logits through the op with those of transformers' eager experts, and prints how they differ."""
-    model.set_experts_implementation("eager")
-    expected = logits(model, ids)
     model.set_experts_implementation("moe_ops")
     got = logits(model, ids)
-    difference = ((got - expected).abs().max() / expected.abs().max()).item()
-    same = (got.argmax(-1) == expected.argmax(-1)).float().mean().item()
-    # Written so that a NaN fails.
-    good = difference <= TOLERANCE[model.dtype] and same >= 0.95
-    print(
-        f"logits against eager experts, {len(got)} tokens: largest difference {difference:.1e} of the largest logit "
-        f"(allowed: {TOLERANCE[model.dtype]:.0e}), same best token {same:.1%}: {'agree' if good else 'DISAGREE'}"
-    )
+    model.set_experts_implementation("eager")
+    eager = logits(model, ids)
+    exact = logits(copy.deepcopy(model).float(), ids)
+    difference = ((got - eager).abs().max() / eager.abs().max()).item()
+    same = (got.argmax(-1) == eager.argmax(-1)).float().mean().item()
+    error, yardstick = (((x - exact).square().mean() / exact.square().mean()).sqrt().item() for x in (got, eager))
+    allowed = max(FLOAT32_TOLERANCE, YARDSTICKS * yardstick)
+    # A NaN is not at most anything.
+    good = error <= allowed
+    print(f"logits of {len(got)} tokens, moe_ops against eager experts: {'agree' if good else 'DISAGREE'}")
+    print(f"  largest difference {difference:.1e} of the largest logit, same best token {same:.1%}")
+    print(f"  error against float32: moe_ops {error:.1e}, eager {yardstick:.1e} (allowed: {allowed:.1e})")
     return good
 
 
@@ -202,6 +205,8 @@ def main() -> int:
     args = parse_args()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    # So small a model gains nothing from threads, and on a busy machine they would wait for each other.
+    torch.set_num_threads(1)
     integration.register()
     folder = trained_weights(args.cache, args.device, args.seconds)
     model = Qwen3MoeForCausalLM.from_pretrained(folder, dtype=args.dtype, experts_implementation="moe_ops")
@@ -210,7 +215,7 @@ def main() -> int:
 
     prompt = encode(args.prompt).to(args.device)[None]
     torch.manual_seed(0)
-    written = generate(model, prompt, args.tokens, do_sample=True, temperature=0.7, top_k=20)
+    written = generate(model, prompt, args.tokens, do_sample=True, temperature=0.5)
     print(
         f"prompt: {args.prompt!r}\ngenerated through moe_ops:\n{'-' * 80}\n{args.prompt}{decode(written)}\n{'-' * 80}"
     )

@@ -124,7 +124,7 @@ def explain(*args, **kwargs) -> Plan:
     """Says how `fused_moe` would run a call: the path, why, the tiles and the workspace. Runs nothing.
 
     Args:
-        *args: as `fused_moe`. The tensors may be on the meta device.
+        *args: as `fused_moe`.
         **kwargs: as `fused_moe`.
 
     Returns:

@@ -9,7 +9,7 @@ from moe_ops import env
 from moe_ops.devices import Device
 from moe_ops.problem import PATHS, Problem
 from moe_ops.routing import max_row_blocks
-from moe_ops.tuning import TileConfig, tile_configs
+from moe_ops.tuning import VARIANTS, TileConfig, choose_variant, tile_configs
 
 # TMA: base addresses and all strides but the innermost in units of 16 bytes.
 _TMA_ALIGNMENT = 16
@@ -24,6 +24,9 @@ class Plan:
     Attributes:
         path: "tma", "classic", "cpu" or "reference".
         reason: why this path, in words.
+        variant: how the rows reach the GEMMs: "direct" (no sort, each route in a block of its own), "sorted"; "" on
+            the paths without kernels.
+        dependent_launch: each kernel may start while the one before it finishes.
         up: tile of the up GEMM; None on the paths without tiles.
         down: tile of the down GEMM; None on the paths without tiles.
         max_tiles: upper bound of the row blocks, from shapes alone.
@@ -32,6 +35,8 @@ class Plan:
 
     path: str
     reason: str
+    variant: str = ""
+    dependent_launch: bool = False
     up: TileConfig | None = None
     down: TileConfig | None = None
     max_tiles: int = 0
@@ -45,7 +50,7 @@ class Plan:
     @property
     def max_rows(self) -> int:
         """Upper bound of the sorted rows, padding included."""
-        return self.max_tiles * self.block_m
+        return self.max_tiles if self.variant == "direct" else self.max_tiles * self.block_m
 
 
 @dataclass(frozen=True)
@@ -53,12 +58,15 @@ class Override:
     """What `moe_ops.testing.override` forces."""
 
     path: str | None = None
+    variant: str | None = None
     up: TileConfig | None = None
     down: TileConfig | None = None
 
     def __post_init__(self) -> None:
-        if self.path is not None and self.path not in PATHS:
-            raise ValueError(f"path is {self.path!r}, expected one of {', '.join(map(repr, PATHS))}")
+        for name, allowed in (("path", PATHS), ("variant", VARIANTS)):
+            value = getattr(self, name)
+            if value is not None and value not in allowed:
+                raise ValueError(f"{name} is {value!r}, expected one of {', '.join(map(repr, allowed))}")
 
 
 _override: contextvars.ContextVar[Override | None] = contextvars.ContextVar("moe_ops_override", default=None)
@@ -86,13 +94,21 @@ def make_plan(problem: Problem, device: Device) -> Plan:
     path, reason = choose_path(problem, device)
     if path in ("cpu", "reference"):
         return Plan(path, reason)
-    up, down = tile_configs(problem, device, path, batch_invariant=env.batch_invariant())
+    invariant = env.batch_invariant()
+    variant = choose_variant(problem, batch_invariant=invariant)
+    if forced is not None and forced.variant is not None:
+        variant = forced.variant
+    up, down = tile_configs(problem, device, path, batch_invariant=invariant)
     if forced is not None:
         up, down = forced.up or up, forced.down or down
     if up.block_m != down.block_m:
         raise ValueError(f"up.block_m is {up.block_m} and down.block_m {down.block_m}; both must be the same")
-    max_tiles = max_row_blocks(problem.num_routes, problem.num_experts, up.block_m)
-    return Plan(path, reason, up, down, max_tiles, _workspace_bytes(problem, max_tiles, up.block_m))
+    max_tiles = problem.num_routes
+    if variant != "direct":
+        max_tiles = max_row_blocks(problem.num_routes, problem.num_experts, up.block_m)
+    dependent_launch = device.capability is not None and device.capability >= (9, 0) and not device.interpreted
+    plan = Plan(path, reason, variant, dependent_launch, up, down, max_tiles)
+    return replace(plan, workspace_bytes=_workspace_bytes(problem, plan))
 
 
 def row_stride(columns: int) -> int:
@@ -100,11 +116,10 @@ def row_stride(columns: int) -> int:
     return (columns + _ROW_UNIT - 1) // _ROW_UNIT * _ROW_UNIT
 
 
-def _workspace_bytes(problem: Problem, max_tiles: int, block_m: int) -> int:
-    itemsize = problem.dtype.itemsize
+def _workspace_bytes(problem: Problem, plan: Plan) -> int:
     columns = row_stride(problem.intermediate_size) + row_stride(problem.hidden_size)
-    rows = max_tiles * block_m
-    return rows * columns * itemsize + 4 * (rows + max_tiles + 1 + problem.num_routes)
+    routing = 0 if plan.variant == "direct" else 4 * (plan.max_rows + plan.max_tiles + 1 + problem.num_routes)
+    return plan.max_rows * columns * problem.dtype.itemsize + routing
 
 
 def choose_path(problem: Problem, device: Device) -> tuple[str, str]:

@@ -17,7 +17,7 @@ from moe_ops.routing import Routing, empty_routing
 # in the cache between them. An expert with more rows is taken alone.
 _CHUNK_ROWS = 256
 # Where the CPU has no 16-bit matrix product, converting the weights to fp32 pays from this many rows on.
-_ROWS_TO_WIDEN = 6
+_ROWS_TO_WIDEN = 5
 # Columns of the result that each thread gets at least, where a product is split by hand.
 _COLUMNS_TO_SPLIT = 64
 
@@ -42,13 +42,13 @@ def run(args: Arguments, problem: Problem, out: Tensor) -> Tensor:
         out.
     """
     experts, order, groups = _group_routes(args, problem)
+    dropped = len(groups) > 0 and groups[0].expert < 0
     tokens = order // problem.top_k
     weights = args.topk_weights.float().flatten()[order].unsqueeze(1)
     up_product, down_product = _GroupedProduct(args.w1), _GroupedProduct(args.w2)
     # In the order of the routes, so that the sum over k has the order of k. Routes without an expert stay 0.
-    make = torch.empty if order.numel() == problem.num_routes else torch.zeros
-    routes = make(problem.num_routes, problem.hidden_size)
-    for chunk in _chunks(groups):
+    routes = (torch.zeros if dropped else torch.empty)(problem.num_routes, problem.hidden_size)
+    for chunk in _chunks(groups[1:] if dropped else groups):
         rows = slice(chunk[0].start, chunk[-1].stop)
         up = up_product(args.hidden_states[tokens[rows]], chunk)
         if problem.router_weight_on_input or args.w1_bias is not None:
@@ -69,15 +69,12 @@ def run(args: Arguments, problem: Problem, out: Tensor) -> Tensor:
 
 
 def _group_routes(args: Arguments, problem: Problem) -> tuple[Tensor, Tensor, list[Group]]:
-    """The routes that have an expert, sorted by it: their experts, their numbers, and who has which of them."""
+    """The routes sorted by expert: their experts, their numbers, and who has which of them. -1 comes first."""
     experts = local_experts(args.topk_ids, problem.num_experts, args.expert_map).flatten()
     experts, order = experts.sort(stable=True)
-    # Routes without an expert (-1) come first.
-    counts = torch.bincount(experts + 1, minlength=problem.num_experts + 1).tolist()
-    dropped = counts[0]
-    ends = itertools.accumulate(counts[1:])
-    groups = [Group(e, end - count, end) for e, (count, end) in enumerate(zip(counts[1:], ends, strict=True)) if count]
-    return experts[dropped:], order[dropped:], groups
+    present, counts = (values.tolist() for values in torch.unique_consecutive(experts, return_counts=True))
+    stops = itertools.accumulate(counts)
+    return experts, order, [Group(e, stop - n, stop) for e, n, stop in zip(present, counts, stops, strict=True)]
 
 
 def _chunks(groups: Sequence[Group]) -> Iterator[Sequence[Group]]:
@@ -99,24 +96,25 @@ class _GroupedProduct:
     """
 
     def __init__(self, weights: Tensor):
-        parts = _parts(weights.shape[1])
+        experts, columns, depth = weights.shape
+        parts = _parts(columns)
         self._weights = weights.transpose(1, 2)  # [E, K, N]
-        self._blocks = weights.unflatten(1, (parts, -1)).transpose(2, 3)  # [E, parts, K, N / parts]
+        self._blocks = weights.view(experts, parts, -1, depth).transpose(2, 3)  # [E, parts, K, N / parts]
         self._wide_block = None
-        self._rows_to_split = 1 if parts > 1 and weights.dtype == torch.float32 else sys.maxsize
         if not _has_product(weights.dtype):
             self._rows_to_split = _ROWS_TO_WIDEN
+        else:
+            self._rows_to_split = 1 if parts > 1 and weights.dtype == torch.float32 else sys.maxsize
 
     def __call__(self, rows: Tensor, groups: Sequence[Group]) -> Tensor:
         """[n, K] -> [n, N]; `groups` cover the n rows in order."""
         out = rows.new_empty(rows.shape[0], self._weights.shape[2])
-        first = groups[0].start
-        for expert, start, stop in groups:
-            mine = slice(start - first, stop - first)
-            if stop - start < self._rows_to_split:
-                torch.mm(rows[mine], self._weights[expert], out=out[mine])
+        counts = [group.stop - group.start for group in groups]
+        for group, count, mine, result in zip(groups, counts, rows.split(counts), out.split(counts), strict=True):
+            if count < self._rows_to_split:
+                torch.mm(mine, self._weights[group.expert], out=result)
             else:
-                self._split_product(rows[mine], self._blocks[expert], out[mine])
+                self._split_product(mine, self._blocks[group.expert], result)
         return out
 
     def _split_product(self, rows: Tensor, blocks: Tensor, out: Tensor) -> None:

@@ -1,6 +1,7 @@
 """The chain of launches that the Triton paths share: route, up GEMM, down GEMM, combine."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton
@@ -12,7 +13,6 @@ from moe_ops.dispatch import Plan, row_stride
 from moe_ops.kernels.combine import combine_kernel
 from moe_ops.kernels.grouped_gemm import down_kernel, up_kernel
 from moe_ops.problem import Arguments, Problem
-from moe_ops.routing import Routing
 
 _COMBINE_UNROLL = 8
 _COMBINE_COLUMNS = 1024
@@ -42,15 +42,36 @@ def run(args: Arguments, problem: Problem, plan: Plan, out: Tensor, describe_ope
     """
     hidden_states = args.hidden_states
     with on_device(hidden_states):
-        routing = sort_routes(args.topk_ids, problem.num_experts, plan.block_m, args.expert_map)
+        rows_from = _row_source(args, problem, plan)
         router_weights = args.topk_weights.contiguous()
         act = _workspace(hidden_states, plan.max_rows, problem.intermediate_size)
         operands = describe_operands(args, problem, plan, act)
-        _up(args, problem, plan, operands, routing, router_weights, act)
+        _up(args, problem, plan, operands, rows_from, router_weights, act)
         rows = _workspace(hidden_states, plan.max_rows, problem.hidden_size)
-        _down(args, problem, plan, operands, routing, act, rows)
-        combine(problem, rows, routing.inverse, None if problem.router_weight_on_input else router_weights, out)
+        _down(args, problem, plan, operands, rows_from, act, rows)
+        combine_weights = None if problem.router_weight_on_input else router_weights
+        _combine(problem, plan, rows, rows_from, combine_weights, out)
     return out
+
+
+class RowSource(NamedTuple):
+    """Where the kernels learn which route is in which row: the sort's result, or the ids themselves."""
+
+    ids: Tensor | None
+    expert_map: Tensor | None
+    sorted_routes: Tensor | None
+    tile_experts: Tensor | None
+    num_padded: Tensor | None
+    inverse: Tensor | None
+
+
+def _row_source(args: Arguments, problem: Problem, plan: Plan) -> RowSource:
+    if plan.variant == "direct":
+        return RowSource(args.topk_ids.contiguous(), args.expert_map, None, None, None, None)
+    routing = sort_routes(
+        args.topk_ids, problem.num_experts, plan.block_m, args.expert_map, dependent_launch=plan.dependent_launch
+    )
+    return RowSource(None, None, *routing)
 
 
 def _workspace(like: Tensor, num_rows: int, columns: int) -> Tensor:
@@ -65,34 +86,45 @@ def _bias(bias: Tensor | None) -> tuple[Tensor | None, int]:
     return bias, bias.stride(0)
 
 
-def _up(args, problem: Problem, plan: Plan, operands: Operands, routing: Routing, router_weights, act: Tensor) -> None:
+def _up(args, problem: Problem, plan: Plan, operands: Operands, rows_from: RowSource, router_weights, act) -> None:
     config, activation, w1 = plan.up, problem.activation, args.w1
     bias, stride_be = _bias(args.w1_bias)
     launch(
         up_kernel, plan.max_tiles * triton.cdiv(problem.intermediate_size, config.block_n),
         args.hidden_states, operands.w1_desc, None if operands.w1_desc is not None else w1, bias,
-        router_weights if problem.router_weight_on_input else None,
-        act, routing.sorted_routes, routing.tile_experts, routing.num_padded,
-        problem.num_routes, problem.hidden_size, problem.intermediate_size, problem.alpha or 0.0, problem.limit or 0.0,
+        router_weights if problem.router_weight_on_input else None, act, *rows_from[:5],
+        problem.num_routes, problem.num_ids, problem.num_experts, problem.top_k,
+        problem.hidden_size, problem.intermediate_size, problem.alpha or 0.0, problem.limit or 0.0,
         *args.hidden_states.stride(), *w1.stride(), stride_be, act.stride(0),
-        TOP_K=problem.top_k, ACTIVATION=activation.name, GATED=activation.gated,
+        ACTIVATION=activation.name, GATED=activation.gated,
         INTERLEAVED=problem.gate_up_layout == "interleaved", HAS_LIMIT=problem.limit is not None,
         X_UNIT=_unit(args.hidden_states.stride(0)), **_weight(w1), **_sizes(problem),
-        **_tile(config, problem.hidden_size, w1.dtype),
+        **_tile(config, problem.hidden_size, w1.dtype), **_variant(plan), **dependent(plan, plan.variant != "direct"),
     )  # fmt: skip
 
 
-def _down(args, problem: Problem, plan: Plan, operands: Operands, routing: Routing, act: Tensor, rows: Tensor) -> None:
+def _down(args, problem: Problem, plan: Plan, operands: Operands, rows_from: RowSource, act: Tensor, rows) -> None:
     config, w2 = plan.down, args.w2
     bias, stride_be = _bias(args.w2_bias)
     launch(
         down_kernel, plan.max_tiles * triton.cdiv(problem.hidden_size, config.block_n),
         operands.act_desc, act, operands.w2_desc, None if operands.w2_desc is not None else w2, bias,
-        rows, routing.sorted_routes, routing.tile_experts, routing.num_padded,
-        problem.num_routes, problem.hidden_size, problem.intermediate_size,
+        rows, *rows_from[:5],
+        problem.num_routes, problem.num_ids, problem.num_experts, problem.hidden_size, problem.intermediate_size,
         act.stride(0), *w2.stride(), stride_be, rows.stride(0),
-        **_weight(w2), **_sizes(problem), **_tile(config, problem.intermediate_size, w2.dtype),
+        **_weight(w2), **_sizes(problem), **_tile(config, problem.intermediate_size, w2.dtype), **_variant(plan),
+        **dependent(plan),
     )  # fmt: skip
+
+
+def dependent(plan: Plan, follows: bool = True) -> dict[str, bool]:
+    """Options of programmatic dependent launch; the first kernel of a call follows nobody and waits for everything."""
+    options = {"PDL": plan.dependent_launch}
+    return options | {"launch_pdl": True} if plan.dependent_launch and follows else options
+
+
+def _variant(plan: Plan) -> dict[str, bool]:
+    return {"DIRECT": plan.variant == "direct"}
 
 
 def _unit(*sizes: int) -> int:
@@ -117,19 +149,21 @@ def _tile(config, reduction: int, dtype: torch.dtype) -> dict[str, object]:
         "BLOCK_N": config.block_n,
         "BLOCK_K": config.block_k,
         "GROUP_M": config.group_m,
+        "SWAP_AB": config.swap_ab,
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
     }
 
 
-def combine(problem: Problem, rows: Tensor, inverse: Tensor, router_weights: Tensor | None, out: Tensor) -> None:
+def _combine(problem: Problem, plan: Plan, rows: Tensor, rows_from: RowSource, router_weights, out: Tensor) -> None:
     """out[m] = factor * sum_k weight[m, k] * rows[inverse[m, k]]; the summands with `reduce_topk=False`."""
     block_h = min(_COMBINE_COLUMNS, triton.next_power_of_2(problem.hidden_size))
     stride_om, stride_ok, stride_oh = (out.stride(0), 0, out.stride(1)) if problem.reduce_topk else out.stride()
     launch(
         combine_kernel, problem.num_tokens * triton.cdiv(problem.hidden_size, block_h),
-        rows, inverse, router_weights, out, problem.routed_scaling_factor, problem.top_k,
-        problem.hidden_size, rows.stride(0), stride_om, stride_ok, stride_oh,
+        rows, rows_from.inverse, rows_from.ids, rows_from.expert_map, router_weights, out,
+        problem.routed_scaling_factor, problem.top_k, problem.num_ids, problem.num_experts, problem.hidden_size,
+        rows.stride(0), stride_om, stride_ok, stride_oh,
         UNROLL=min(_COMBINE_UNROLL, triton.next_power_of_2(problem.top_k)),
-        REDUCE=problem.reduce_topk, BLOCK_H=block_h, num_warps=4,
+        REDUCE=problem.reduce_topk, BLOCK_H=block_h, num_warps=4, **dependent(plan),
     )  # fmt: skip

@@ -14,8 +14,13 @@ _TILES = 32
 _SCAN_STEP = 1024
 
 
-def sort_routes(topk_ids: Tensor, num_experts: int, block: int, expert_map: Tensor | None = None) -> Routing:
-    """Sorts the routes of `topk_ids` [M, top_k] by expert on the tensor's device, without a host sync."""
+def sort_routes(
+    topk_ids: Tensor, num_experts: int, block: int, expert_map: Tensor | None = None, *, dependent_launch: bool = False
+) -> Routing:
+    """Sorts the routes of `topk_ids` [M, top_k] by expert on the tensor's device, without a host sync.
+
+    With `dependent_launch` the caller's next kernel may start early: it has to wait before it reads the result.
+    """
     routing = empty_routing(topk_ids, num_experts, block)
     num_routes, max_tiles = routing.inverse.numel(), routing.tile_experts.numel()
     if num_routes == 0:
@@ -29,13 +34,14 @@ def sort_routes(topk_ids: Tensor, num_experts: int, block: int, expert_map: Tens
         "BLOCK": block,
         "BLOCK_POW2": triton.next_power_of_2(block),
     }
+    following = {"PDL": dependent_launch} | ({"launch_pdl": True} if dependent_launch else {})
     outputs = (routing.sorted_routes, routing.tile_experts, routing.num_padded, routing.inverse)
     with on_device(ids):
         if num_routes <= _SMALL_ROUTES:
             launch(
                 kernels.route_small_kernel, 1, ids, expert_map, *outputs, num_routes, max_tiles, num_ids,
                 **sizes, ROUTES=max(32, triton.next_power_of_2(num_routes)), STEP=32, TILES=_TILES,
-                num_warps=4 if num_routes <= 256 else 8,
+                num_warps=4 if num_routes <= 256 else 8, PDL=dependent_launch,
             )  # fmt: skip
             return routing
         num_chunks = triton.cdiv(num_routes, _CHUNK)
@@ -44,11 +50,21 @@ def sort_routes(topk_ids: Tensor, num_experts: int, block: int, expert_map: Tens
         launch(
             kernels.count_kernel, num_chunks, ids, expert_map, chunk_counts, routing.inverse, num_routes, num_chunks,
             num_ids, NUM_EXPERTS=num_experts, BINS=sizes["BINS"], CHUNK=_CHUNK, num_warps=4,
+            PDL=dependent_launch,
         )  # fmt: skip
-        launch(kernels.scan_kernel, num_experts, chunk_counts, counts, num_chunks, STEP=_SCAN_STEP, num_warps=4)
+        launch(
+            kernels.scan_kernel,
+            num_experts,
+            chunk_counts,
+            counts,
+            num_chunks,
+            STEP=_SCAN_STEP,
+            num_warps=4,
+            **following,
+        )
         launch(
             kernels.scatter_kernel, max(num_chunks, triton.cdiv(max_tiles, _TILES)), ids, expert_map, chunk_counts,
             counts, *outputs, num_routes, num_chunks, max_tiles, num_ids, **sizes, CHUNK=_CHUNK, TILES=_TILES,
-            num_warps=4,
+            num_warps=4, **following,
         )  # fmt: skip
     return routing

@@ -3,17 +3,23 @@
 import triton
 import triton.language as tl
 
+from moe_ops.kernels.compat import gdc_wait
+from moe_ops.kernels.route import local_experts
 
-@triton.jit(do_not_specialize=["factor", "top_k"])
+
+@triton.jit(do_not_specialize=["factor", "top_k", "num_ids", "num_experts"])
 def combine_kernel(
-    rows_ptr, inverse_ptr, router_weights_ptr, out_ptr, factor, top_k, H,
+    rows_ptr, inverse_ptr, ids_ptr, map_ptr, router_weights_ptr, out_ptr, factor, top_k, num_ids, num_experts, H,
     stride_rm, stride_om, stride_ok, stride_oh,
-    UNROLL: tl.constexpr, REDUCE: tl.constexpr, BLOCK_H: tl.constexpr,
+    UNROLL: tl.constexpr, REDUCE: tl.constexpr, BLOCK_H: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """out[m] = factor * sum_k weight[m, k] * rows[inverse[m, k]], or the summands themselves (not REDUCE).
 
-    A dropped route (inverse -1) contributes exactly 0: neither its weight nor any row is read.
+    A dropped route (inverse -1) contributes exactly 0: neither its weight nor any row is read. Without a sort
+    (no inverse) route r is in row r, and its id says whether it was dropped.
     """
+    if PDL:
+        gdc_wait()
     num_h = tl.cdiv(H, BLOCK_H)
     token = (tl.program_id(0) // num_h).to(tl.int64)
     columns = (tl.program_id(0) % num_h) * BLOCK_H + tl.arange(0, BLOCK_H)
@@ -22,12 +28,17 @@ def combine_kernel(
     for first in range(0, top_k, UNROLL):
         for step in tl.static_range(UNROLL):
             k = first + step
-            row = tl.load(inverse_ptr + token * top_k + k, mask=k < top_k, other=-1).to(tl.int64)
+            route = token * top_k + k
+            if inverse_ptr is not None:
+                row = tl.load(inverse_ptr + route, mask=k < top_k, other=-1).to(tl.int64)
+            else:
+                expert = local_experts(ids_ptr, map_ptr, route, k < top_k, num_ids, num_experts)
+                row = tl.where(expert < num_experts, route, -1)
             # Masks compare columns with a bound: the interpreter cannot AND a vector with a scalar condition.
             value = tl.load(rows_ptr + row * stride_rm + columns, mask=columns < tl.where(row >= 0, H, 0), other=0.0)
             value = value.to(tl.float32)
             if router_weights_ptr is not None:
-                value *= tl.load(router_weights_ptr + token * top_k + k, mask=row >= 0, other=0.0).to(tl.float32)
+                value *= tl.load(router_weights_ptr + route, mask=row >= 0, other=0.0).to(tl.float32)
             if REDUCE:
                 total += value
             else:

@@ -3,6 +3,30 @@
 import triton
 import triton.language as tl
 
+# Programmatic dependent launch: the same names in all supported versions so far.
+from triton.language.extra.cuda import gdc_launch_dependents as gdc_launch_dependents
+from triton.language.extra.cuda import gdc_wait as gdc_wait
+
+try:
+    from triton.experimental.gluon import language as _gluon
+    from triton.experimental.gluon.language.nvidia.ampere import async_copy as _async_copy
+    from triton.experimental.gluon.language.nvidia.hopper import tma as _tma
+except ImportError:
+    # Gluon is experimental and may be absent or have moved; only the kernels written in it miss it.
+    _gluon = _async_copy = _tma = None
+
+
+def _first(module, *names: str):
+    """The first of these names that the module has, None if it has none."""
+    return next((getattr(module, name) for name in names if hasattr(module, name)), None)
+
+
+# Gluon's names, newest first: where both are there, the old one may raise when it is used.
+block_barrier = _first(_gluon, "barrier", "thread_barrier")  # 3.7
+cp_async = _first(_async_copy, "async_load", "async_copy_global_to_shared")  # 3.8
+tma_load = _first(_tma, "async_load", "async_copy_global_to_shared")  # 3.8
+tma_store = _first(_tma, "async_store", "async_copy_shared_to_global")  # 3.8
+
 
 @triton.jit
 def tanh(x):

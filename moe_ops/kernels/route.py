@@ -13,17 +13,19 @@ is not an expert here is dropped: it counts as expert NUM_EXPERTS, which has no 
 import triton
 import triton.language as tl
 
+from moe_ops.kernels.compat import gdc_launch_dependents, gdc_wait
+
 
 @triton.jit
-def _experts(ids_ptr, map_ptr, offsets, mask, num_ids, NUM_EXPERTS: tl.constexpr):
-    """Local experts of some routes; NUM_EXPERTS for those that are dropped. Same shape as offsets, int32."""
+def local_experts(ids_ptr, map_ptr, offsets, mask, num_ids, num_experts):
+    """Local experts of some routes; num_experts for those that are dropped. Same shape as offsets, int32."""
     ids = tl.load(ids_ptr + offsets, mask=mask, other=-1)
     known = (ids >= 0) & (ids < num_ids)
     experts = tl.where(known, ids, 0).to(tl.int32)
     if map_ptr is not None:
         experts = tl.load(map_ptr + experts, mask=known, other=-1)
-        known = known & (experts >= 0) & (experts < NUM_EXPERTS)
-    return tl.where(known, experts, NUM_EXPERTS)
+        known = known & (experts >= 0) & (experts < num_experts)
+    return tl.where(known, experts, num_experts)
 
 
 @triton.jit
@@ -62,16 +64,18 @@ def _write_tiles(first_tile, starts, padded, counts, tile_experts_ptr, sorted_ro
 def route_small_kernel(
     ids_ptr, map_ptr, sorted_routes_ptr, tile_experts_ptr, num_padded_ptr, inverse_ptr, num_routes, max_tiles, num_ids,
     NUM_EXPERTS: tl.constexpr, BINS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_POW2: tl.constexpr,
-    ROUTES: tl.constexpr, STEP: tl.constexpr, TILES: tl.constexpr,
+    ROUTES: tl.constexpr, STEP: tl.constexpr, TILES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """The whole sort of at most ROUTES routes in one program."""
+    if PDL:
+        gdc_launch_dependents()
     routes = tl.arange(0, ROUTES)
     mask = routes < num_routes
-    experts = _experts(ids_ptr, map_ptr, routes, mask, num_ids, NUM_EXPERTS)
+    experts = local_experts(ids_ptr, map_ptr, routes, mask, num_ids, NUM_EXPERTS)
     rank = tl.zeros((ROUTES,), tl.int32)
     for first in range(0, num_routes, STEP):
         others = first + tl.arange(0, STEP)
-        other_experts = _experts(ids_ptr, map_ptr, others, others < num_routes, num_ids, NUM_EXPERTS)
+        other_experts = local_experts(ids_ptr, map_ptr, others, others < num_routes, num_ids, NUM_EXPERTS)
         earlier = (other_experts[None, :] == experts[:, None]) & (others[None, :] < routes[:, None])
         rank += tl.sum(earlier.to(tl.int32), 1)
     counts = tl.histogram(experts, BINS)
@@ -89,14 +93,16 @@ def route_small_kernel(
 @triton.jit(do_not_specialize=["num_routes", "num_chunks"])
 def count_kernel(
     ids_ptr, map_ptr, chunk_counts_ptr, rank_ptr, num_routes, num_chunks, num_ids,
-    NUM_EXPERTS: tl.constexpr, BINS: tl.constexpr, CHUNK: tl.constexpr,
+    NUM_EXPERTS: tl.constexpr, BINS: tl.constexpr, CHUNK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """chunk_counts[e, chunk] and every route's rank among the routes of its chunk and expert."""
+    if PDL:
+        gdc_launch_dependents()
     chunk = tl.program_id(0)
     local = tl.arange(0, CHUNK)
     routes = chunk * CHUNK + local
     mask = routes < num_routes
-    experts = _experts(ids_ptr, map_ptr, routes, mask, num_ids, NUM_EXPERTS)
+    experts = local_experts(ids_ptr, map_ptr, routes, mask, num_ids, NUM_EXPERTS)
     earlier = (experts[None, :] == experts[:, None]) & (local[None, :] < local[:, None])
     tl.store(rank_ptr + routes, tl.sum(earlier.to(tl.int32), 1), mask=mask)
     bins = tl.arange(0, BINS)
@@ -105,8 +111,11 @@ def count_kernel(
 
 
 @triton.jit(do_not_specialize=["num_chunks"])
-def scan_kernel(chunk_counts_ptr, counts_ptr, num_chunks, STEP: tl.constexpr):
+def scan_kernel(chunk_counts_ptr, counts_ptr, num_chunks, STEP: tl.constexpr, PDL: tl.constexpr):
     """Per expert: chunk counts -> routes in earlier chunks (in place), and the expert's total."""
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
     expert = tl.program_id(0)
     base = chunk_counts_ptr + expert.to(tl.int64) * num_chunks
     total = tl.zeros((), tl.int32)
@@ -123,9 +132,12 @@ def scatter_kernel(
     ids_ptr, map_ptr, chunk_counts_ptr, counts_ptr, sorted_routes_ptr, tile_experts_ptr, num_padded_ptr, inverse_ptr,
     num_routes, num_chunks, max_tiles, num_ids,
     NUM_EXPERTS: tl.constexpr, BINS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_POW2: tl.constexpr,
-    CHUNK: tl.constexpr, TILES: tl.constexpr,
+    CHUNK: tl.constexpr, TILES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Rows of a chunk's routes (inverse holds their ranks), and the row blocks this program has to describe."""
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
     program = tl.program_id(0)
     bins = tl.arange(0, BINS)
     counts = tl.load(counts_ptr + bins, mask=bins < NUM_EXPERTS, other=0)
@@ -137,7 +149,7 @@ def scatter_kernel(
                      max_tiles, NUM_EXPERTS, BINS, BLOCK, BLOCK_POW2, TILES)  # fmt: skip
     routes = program * CHUNK + tl.arange(0, CHUNK)
     mask = routes < num_routes
-    experts = _experts(ids_ptr, map_ptr, routes, mask, num_ids, NUM_EXPERTS)
+    experts = local_experts(ids_ptr, map_ptr, routes, mask, num_ids, NUM_EXPERTS)
     kept = mask & (experts < NUM_EXPERTS)
     before = tl.load(chunk_counts_ptr + experts.to(tl.int64) * num_chunks + program, mask=kept, other=0)
     rank = tl.load(inverse_ptr + routes, mask=mask, other=0)

@@ -11,12 +11,16 @@ from moe_ops.tuning import TileConfig
 
 @contextlib.contextmanager
 def override(
-    *, path: str | None = None, config: TileConfig | tuple[TileConfig, TileConfig] | None = None
+    *,
+    path: str | None = None,
+    variant: str | None = None,
+    config: TileConfig | tuple[TileConfig, TileConfig] | None = None,
 ) -> Iterator[None]:
-    """Forces the path or the tiles of every call in the block, in this thread.
+    """Forces the path, the kernel variant or the tiles of every call in the block, in this thread.
 
     Args:
         path: as the op's argument; stands above it.
+        variant: as `Plan.variant`.
         config: the tile of both GEMMs, or (up, down).
 
     Raises:
@@ -31,7 +35,7 @@ def override(
         'reference'
     """
     up, down = config if isinstance(config, tuple) else (config, config)
-    with dispatch.override(dispatch.Override(path, up, down)):
+    with dispatch.override(dispatch.Override(path, variant, up, down)):
         yield
 
 

@@ -15,6 +15,7 @@ class TileConfig:
         group_m: row blocks that sweep the columns together, so that they share a weight tile in L2.
         num_warps: warps of a program.
         num_stages: depth of the software pipeline.
+        swap_ab: multiply weights @ rows^T instead of rows @ weights^T, for few rows.
     """
 
     block_m: int
@@ -23,6 +24,7 @@ class TileConfig:
     group_m: int = 8
     num_warps: int = 4
     num_stages: int = 3
+    swap_ab: bool = False
 
     def __post_init__(self) -> None:
         for name in ("block_m", "block_n", "block_k"):

@@ -12,6 +12,17 @@ _SHARED_MEMORY_RESERVE = 2048
 # Below this (sm_120 has 99 KiB) the large TMA tiles would be left with two stages, and spill.
 _LARGE_SHARED_MEMORY = 160 * 1024
 
+# How the rows reach the GEMMs; see `Plan.variant`.
+VARIANTS = ("direct", "sorted")
+
+
+def choose_variant(problem: Problem, *, batch_invariant: bool) -> str:
+    """Chooses how the rows reach the GEMMs.
+
+    One token's routes go to different experts as a rule: sorting them saves no weights and costs a launch.
+    """
+    return "direct" if problem.num_tokens == 1 and not batch_invariant else "sorted"
+
 
 def tile_configs(
     problem: Problem, device: Device, path: str, *, batch_invariant: bool
@@ -48,11 +59,11 @@ def tile_configs(
 
 def _tma(rows: float) -> tuple[TileConfig, TileConfig]:
     if rows <= 8:
-        return TileConfig(16, 64, 128, 8, 4, 4), TileConfig(16, 128, 128, 8, 4, 4)
+        return TileConfig(16, 32, 128, 4, 4, 4, True), TileConfig(16, 64, 128, 4, 4, 4, True)
     if rows <= 16:
-        return TileConfig(32, 64, 128, 8, 4, 4), TileConfig(32, 128, 128, 8, 4, 4)
+        return TileConfig(32, 32, 128, 4, 4, 4, True), TileConfig(32, 64, 128, 4, 4, 4, True)
     if rows <= 48:
-        return TileConfig(64, 64, 64, 8, 4, 4), TileConfig(64, 128, 64, 8, 4, 4)
+        return TileConfig(64, 64, 128, 4, 4, 3, True), TileConfig(64, 128, 64, 4, 4, 4, True)
     return TileConfig(128, 128, 64, 16, 8, 4), TileConfig(128, 256, 64, 16, 8, 4)
 
 

@@ -1,4 +1,4 @@
-"""The Triton paths on a GPU: numerics by the rule of correctness, determinism, graphs, hostile inputs, large offsets."""
+"""The Triton paths on a GPU: numerics by the rule of correctness, determinism, graphs, hostile input, large offsets."""
 
 import pytest
 import torch
@@ -34,6 +34,15 @@ def test_option(name, path, dtype):
         out = run(args, path=path)
     assert_correct(out, args)
     assert torch.equal(run(args, path=path), out)
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+@PATHS
+def test_option_without_a_sort(name, path):
+    args = option_case(name, torch.bfloat16, "cuda", num_tokens=3, hidden=264, intermediate=136)
+    with override(path=path, variant="direct"), poisoned_memory():
+        out = run(args)
+    assert_correct(out, args)
 
 
 @pytest.mark.parametrize("name", OPTIONS)

@@ -22,6 +22,15 @@ def test_option(name, path, dtype):
     assert_correct(out, args)
 
 
+@pytest.mark.parametrize("name", OPTIONS)
+@PATHS
+def test_option_without_a_sort(name, path):
+    args = option_case(name, torch.float16, num_tokens=3)
+    with override(path=path, variant="direct"), poisoned_memory():
+        out = run(args)
+    assert_correct(out, args)
+
+
 @PATHS
 @DTYPES
 def test_exact_integers(path, dtype):
@@ -29,10 +38,23 @@ def test_exact_integers(path, dtype):
     assert_exact(run(args, path=path), args)
 
 
-@pytest.mark.parametrize("config", [TileConfig(16, 16, 16), TileConfig(32, 64, 32), TileConfig(64, 32, 64, group_m=1)])
+@pytest.mark.parametrize(
+    "config",
+    [
+        TileConfig(16, 16, 16),
+        TileConfig(32, 64, 32),
+        TileConfig(64, 32, 64, group_m=1),
+        TileConfig(16, 32, 64, swap_ab=True),
+        TileConfig(64, 64, 32, swap_ab=True),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("layout", ["concatenated", "interleaved"])
 @PATHS
-def test_tile_sizes(config, path):
-    args = random_inputs(num_tokens=50, hidden=88, intermediate=56, experts=4, top_k=2, dtype=torch.float16)
+def test_tile_sizes(config, layout, path):
+    args = random_inputs(
+        num_tokens=50, hidden=88, intermediate=56, experts=4, top_k=2, dtype=torch.float16, gate_up_layout=layout
+    )
     with override(path=path, config=config), poisoned_memory():
         assert_correct(run(args), args)
 

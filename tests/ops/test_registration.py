@@ -1,4 +1,4 @@
-"""The ops as PyTorch sees them: schema, fakes, autograd, torch.compile, torch.export, the out-variant. All on the CPU."""
+"""The ops as PyTorch sees them: fakes, autograd, torch.compile, torch.export, the out-variant. All on the CPU."""
 
 import io
 
@@ -16,7 +16,9 @@ from moe_ops.testing import random_inputs
 OP = torch.ops.moe_ops.fused_moe_tma.default
 OUT_OP = torch.ops.moe_ops.fused_moe_tma_.default
 ROUTE_OP = torch.ops.moe_ops.route.default
-SIZES = {"hidden": 24, "intermediate": 16, "experts": 4, "top_k": 2}
+# Sizes that differ from each other and from the numbers of tokens below: torch.compile takes sizes that are equal when
+# it traces for one and the same, and compiles again when they part.
+SIZES = {"hidden": 24, "intermediate": 16, "experts": 4, "top_k": 3}
 NO_BACKWARD = r"no backward.*torch\.no_grad\(\)"
 
 
@@ -46,6 +48,7 @@ CASES = {
         "num_tokens": 5,
         "hidden_layout": "sliced",
         "n_major": True,
+        "routing": "hostile",
         "index_dtype": torch.int64,
         "activation_limit": 0.5,
         "routed_scaling_factor": 2.5,
@@ -57,7 +60,6 @@ CASES = {
         "hidden_layout": "transposed",
         "dtype": torch.float16,
         "bias": True,
-        "routing": "hostile",
         "activation": "swigluoai",
         "activation_alpha": 1.1,
         "activation_limit": 2.0,
@@ -204,6 +206,11 @@ def block(x, *tensors, **options):
     return moe_ops.fused_moe(x * 2, *tensors, **options) + x.to(options.get("out_dtype") or x.dtype)
 
 
+def num_graphs(counter: CompileCounterWithBackend) -> int:
+    """Graphs that were compiled and do something; torch may hand the backend an empty one beside them."""
+    return sum(any(node.op == "call_function" for node in graph.graph.nodes) for graph in counter.graphs)
+
+
 def check_compiled(backend, mode, make_tensors, **options):
     """Compiles once and calls with several numbers of tokens."""
     torch._dynamo.reset()
@@ -213,8 +220,8 @@ def check_compiled(backend, mode, make_tensors, **options):
         with mode():
             tensors = make_tensors(inputs(num_tokens, bias=True))
             torch.testing.assert_close(compiled(*tensors, **options), block(*tensors, **options))
-    # Sizes 0 and 1 are always compiled for themselves.
-    assert 1 <= counter.frame_count <= 2
+    # One token is compiled for itself, as every size of 0 or 1 is.
+    assert 1 <= num_graphs(counter) <= 2
     return compiled
 
 
@@ -253,7 +260,7 @@ def test_compile_route():
         ids = inputs(num_tokens).topk_ids
         for got, expected in zip(compiled(ids), moe_ops.route(ids, 4, 8), strict=True):
             assert torch.equal(got, expected)
-    assert counter.frame_count == 1
+    assert num_graphs(counter) == 1
 
 
 def test_compile_says_what_is_wrong():
@@ -377,4 +384,4 @@ def test_out_compiled(backend):
         args.hidden_states = args.hidden_states * 2
         torch.testing.assert_close(out, reference(args))
         torch.testing.assert_close(result, out + 1)
-    assert counter.frame_count == 1
+    assert num_graphs(counter) == 1

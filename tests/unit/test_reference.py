@@ -62,9 +62,7 @@ def test_cpu(name, dtype):
 @pytest.mark.parametrize("name", OPTIONS)
 def test_reference_path(name):
     args = option_case(name, torch.float32)
-    torch.testing.assert_close(
-        run(args, path="reference").double(), fused_moe_reference(args), rtol=1e-6, atol=1e-6
-    )
+    torch.testing.assert_close(run(args, path="reference").double(), fused_moe_reference(args), rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

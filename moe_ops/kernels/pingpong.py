@@ -1,0 +1,314 @@
+"""The up and the down GEMM of the experts for Hopper (sm_90): persistent, warp-specialised, two consumers in turns.
+
+One kernel serves both GEMMs; the rows are those of `kernels.grouped_gemm`, padded to BLOCK_M = 64. Four roles share a
+program of 12 warps and a ring of STAGES stages, each with one K step of the rows and of the weights:
+
+    _gather      2 warps  cp.async  x --------+
+                                              +--> ring of stages --> _consume 0  4 warps  wgmma, epilogue, TMA store
+    _load        1 warp   TMA  w (and act) ---+                   \\-> _consume 1  4 warps
+
+    consumer 0   | tile 0: K steps | epilogue        | tile 2: K steps | epilogue ...
+    consumer 1         waits       | tile 1: K steps | epilogue        | tile 3: K steps ...
+
+The tiles of a program are numbered by `step`, and the K steps of all of them, one after the other, by `index`: step t
+owns the indices t * K_STEPS and following. Index i lives in stage i % STAGES, in that stage's pass i // STAGES. Every
+barrier completes its phases in order, and a wait for phase p (by its parity, p & 1) is right only while p - 1 is over.
+
+    barrier      arrivals a phase            who arrives                          who waits, for which phase
+    full[s]      1                           _load: announces its bytes           the consumer whose tile index i is in,
+                 + a thread of _gather each  cp.async: a thread's rows are here   for pass i // STAGES
+                 (+ the bytes)               TMA: its bytes are here
+    empty[s]     1                           the consumer, once the wgmma that    _load and _gather, before they refill,
+                                             read index i is over                 for pass i // STAGES - 1
+    turn[c]      1                           consumer 1 - c, once all wgmma of    consumer c, before its tile of step t:
+                                             its tile are issued                  phase t // 2 - 1 (c = 0), t // 2 (c = 1)
+
+A wait for pass -1 returns at once: that is how the first fill of a stage and the first turn of consumer 0 start. The
+turns keep the waits on `full` in the order of the indices. Without them the second consumer would wait for a pass two
+ahead, take the phase before it for the one it wants, and read a stage that is not its own.
+
+Tails. K: TMA fills with zeros past the last column of w and act, the gather past the last column of x; both sides are
+needed, since 0 * NaN is NaN. N: columns of the accumulator past the last one are made from zeros (or, for the gate, from
+rows of the up half), and the TMA store clips them. Rows: padding rows are made from zeros and stored like others.
+"""
+
+import triton
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from moe_ops.kernels.activation import activate_gated, nonlinearity
+from moe_ops.kernels.compat import block_barrier, cp_async, tma_load, tma_store
+
+# More warps than 12 would cap a thread at 128 registers when the program starts, too few for wgmma of 256 columns.
+_GATHER_WARPS = gl.constexpr(2)
+# Registers of the threads of consumer 1, _gather and _load; consumer 0 gets what is left (232).
+_CONSUMER_REGISTERS = gl.constexpr(216)
+_PRODUCER_REGISTERS = gl.constexpr(56)
+
+
+@gluon.jit
+def _tile(step, num_m, NUM_N: gl.constexpr, GROUP_M: gl.constexpr):
+    """The tile of this program's step: (number, row block, column block), row blocks fastest within GROUP_M of them.
+
+    Neighbouring programs run neighbouring row blocks of one weight tile in step, so that L2 serves each weight line once
+    for all of them. An order that breaks the step costs more in L2 and DRAM traffic than it can save.
+    """
+    number = step * gl.num_programs(0) + gl.program_id(0)
+    width: gl.constexpr = GROUP_M * NUM_N
+    first_m = (number // width) * GROUP_M
+    # At least 1, for numbers past the last tile.
+    group = gl.maximum(gl.minimum(num_m - first_m, GROUP_M), 1)
+    return number, first_m + (number % width) % group, (number % width) // group
+
+
+@gluon.jit
+def _load_box(weights_desc, bar, box, expert, n, k, N_MAJOR: gl.constexpr):
+    if N_MAJOR:
+        tma_load(weights_desc, [expert, k, n], bar, box)
+    else:
+        tma_load(weights_desc, [expert, n, k], bar, box)
+
+
+@gluon.jit
+def _load(ring, rows_desc, weights_desc, tile_experts_ptr, num_padded_ptr, N: gl.constexpr, K: gl.constexpr,
+          NUM_N: gl.constexpr, GROUP_M: gl.constexpr, HALVES: gl.constexpr, N_MAJOR: gl.constexpr):  # fmt: skip
+    """The TMA warp: weights, and the rows of act where there is a descriptor of them."""
+    rows_smem, weights_smem, full, empty = ring
+    STAGES: gl.constexpr = rows_smem.shape[0]
+    BLOCK_M: gl.constexpr = rows_smem.shape[1]
+    BLOCK_K: gl.constexpr = rows_smem.shape[2]
+    COLUMN_DIM: gl.constexpr = 2 if N_MAJOR else 1
+    COLUMNS: gl.constexpr = weights_smem.shape[1 + COLUMN_DIM]
+    LOADED_ROWS: gl.constexpr = 0 if rows_desc is None else BLOCK_M
+    K_STEPS: gl.constexpr = triton.cdiv(K, BLOCK_K)
+    # The next tile's expert is fetched while the ring is full, and so costs no time.
+    PREFETCH_AT: gl.constexpr = 3 if K_STEPS > 4 else 0
+    num_m = gl.load(num_padded_ptr) // BLOCK_M
+    index = 0
+    step = 0
+    number, block_m, block_n = _tile(step, num_m, NUM_N, GROUP_M)
+    expert = gl.load(tile_experts_ptr + gl.maximum(gl.minimum(block_m, num_m - 1), 0))
+    while number < num_m * NUM_N:
+        next_number, next_block_m, next_block_n = _tile(step + 1, num_m, NUM_N, GROUP_M)
+        next_expert = expert
+        for k_step in range(K_STEPS):
+            stage = index % STAGES
+            k = k_step * BLOCK_K
+            mbarrier.wait(empty.index(stage), ((index // STAGES) & 1) ^ 1)
+            bar = full.index(stage)
+            mbarrier.expect(bar, (LOADED_ROWS + COLUMNS) * BLOCK_K * (weights_desc.dtype.primitive_bitwidth // 8))
+            if rows_desc is not None:
+                tma_load(rows_desc, [block_m * BLOCK_M, k], bar, rows_smem.index(stage))
+            box = weights_smem.index(stage)
+            if HALVES:
+                HALF: gl.constexpr = COLUMNS // 2
+                n = block_n * HALF
+                _load_box(weights_desc, bar, box.slice(0, HALF, dim=COLUMN_DIM), expert, n, k, N_MAJOR)
+                _load_box(weights_desc, bar, box.slice(HALF, HALF, dim=COLUMN_DIM), expert, N + n, k, N_MAJOR)
+            else:
+                _load_box(weights_desc, bar, box, expert, block_n * COLUMNS, k, N_MAJOR)
+            index += 1
+            if k_step == PREFETCH_AT:
+                next_expert = gl.load(tile_experts_ptr + gl.maximum(gl.minimum(next_block_m, num_m - 1), 0))
+        number, block_m, block_n, expert = next_number, next_block_m, next_block_n, next_expert
+        step += 1
+
+
+@gluon.jit
+def _gather(ring, x_ptr, stride_xm, sorted_routes_ptr, num_padded_ptr, num_routes, K: gl.constexpr,
+            NUM_N: gl.constexpr, GROUP_M: gl.constexpr, TOP_K: gl.constexpr):  # fmt: skip
+    """The cp.async warps: rows of x by route; without x they have nothing to do.
+
+    Padding rows are zeroed and not read: a dummy row read by all programs would be a hot spot in L2.
+    """
+    if x_ptr is not None:
+        rows_smem, weights_smem, full, empty = ring
+        STAGES: gl.constexpr = rows_smem.shape[0]
+        BLOCK_M: gl.constexpr = rows_smem.shape[1]
+        BLOCK_K: gl.constexpr = rows_smem.shape[2]
+        # 16 bytes a thread.
+        LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [gl.num_warps(), 1], [1, 0])
+        k_offsets = gl.arange(0, BLOCK_K, gl.SliceLayout(0, LAYOUT))
+        offsets_m = gl.arange(0, BLOCK_M, gl.SliceLayout(1, LAYOUT))
+        num_m = gl.load(num_padded_ptr) // BLOCK_M
+        index = 0
+        step = 0
+        number, block_m, block_n = _tile(step, num_m, NUM_N, GROUP_M)
+        while number < num_m * NUM_N:
+            routes = gl.load(sorted_routes_ptr + block_m * BLOCK_M + offsets_m)
+            tokens = (routes // TOP_K).to(gl.int64)
+            # Rows start at multiples of 16 bytes, in a form from which the compiler sees it.
+            x_ptrs = x_ptr + tokens[:, None] * (stride_xm // 8 * 8) + k_offsets[None, :]
+            row_mask = (routes < num_routes)[:, None]
+            for k_step in range(triton.cdiv(K, BLOCK_K)):
+                stage = index % STAGES
+                k = k_step * BLOCK_K
+                mask = row_mask
+                if K % BLOCK_K != 0:
+                    mask = row_mask & (k + k_offsets < K)[None, :]
+                mbarrier.wait(empty.index(stage), ((index // STAGES) & 1) ^ 1)
+                cp_async(rows_smem.index(stage), x_ptrs + k, mask=mask)
+                # Each thread arrives when its copies are complete; without the increment, `full` counts it in advance.
+                async_copy.mbarrier_arrive(full.index(stage), increment_count=False)
+                index += 1
+            step += 1
+            number, block_m, block_n = _tile(step, num_m, NUM_N, GROUP_M)
+        async_copy.wait_group(0)
+
+
+@gluon.jit
+def _consume(CONSUMER: gl.constexpr, ring, turn, out_smem, out_desc, epilogue, num_padded_ptr, N: gl.constexpr,
+             K: gl.constexpr, NUM_N: gl.constexpr, GROUP_M: gl.constexpr, GATED: gl.constexpr,
+             INTERLEAVED: gl.constexpr, N_MAJOR: gl.constexpr, ACTIVATION: gl.constexpr, HAS_LIMIT: gl.constexpr,
+             FENCE: gl.constexpr):  # fmt: skip
+    """Every second tile of the program, from step CONSUMER on: the K steps in its turn, then the epilogue out of turn."""
+    rows_smem, weights_smem, full, empty = ring
+    STAGES: gl.constexpr = rows_smem.shape[0]
+    BLOCK_M: gl.constexpr = rows_smem.shape[1]
+    BLOCK_K: gl.constexpr = rows_smem.shape[2]
+    COLUMNS: gl.constexpr = weights_smem.shape[3 if N_MAJOR else 2]
+    BLOCK_N: gl.constexpr = COLUMNS // 2 if GATED else COLUMNS
+    K_STEPS: gl.constexpr = triton.cdiv(K, BLOCK_K)
+    LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 16])
+    num_m = gl.load(num_padded_ptr) // BLOCK_M
+    step = CONSUMER
+    number, block_m, block_n = _tile(step, num_m, NUM_N, GROUP_M)
+    while number < num_m * NUM_N:
+        first = step * K_STEPS
+        mbarrier.wait(turn.index(CONSUMER), (1 - CONSUMER) ^ ((step // 2) & 1))
+        acc = gl.zeros((BLOCK_M, COLUMNS), gl.float32, LAYOUT)
+        for k_step in range(K_STEPS):
+            index = first + k_step
+            stage = index % STAGES
+            mbarrier.wait(full.index(stage), (index // STAGES) & 1)
+            if FENCE:
+                # cp.async writes through the generic proxy and wgmma reads through the async proxy. The copies complete
+                # behind the back of the gathering threads, so the fence stands here, with the step before it in flight.
+                fence_async_shared()
+            if N_MAJOR:
+                weights = weights_smem.index(stage).reshape((BLOCK_K, COLUMNS))
+            else:
+                weights = weights_smem.index(stage).reshape((COLUMNS, BLOCK_K)).permute((1, 0))
+            pending = warpgroup_mma(rows_smem.index(stage), weights, acc, use_acc=k_step > 0, is_async=True)
+            acc = warpgroup_mma_wait(1, deps=(pending,))
+            if k_step > 0:
+                mbarrier.arrive(empty.index((index + STAGES - 1) % STAGES), count=1)
+        mbarrier.arrive(turn.index(1 - CONSUMER), count=1)
+        acc = warpgroup_mma_wait(0, deps=(acc,))
+        mbarrier.arrive(empty.index((first + K_STEPS + STAGES - 1) % STAGES), count=1)
+        _store_tile(acc, out_smem.index(CONSUMER), out_desc, epilogue, block_m, block_n * BLOCK_N, N, GATED, INTERLEAVED,
+                    ACTIVATION, HAS_LIMIT)  # fmt: skip
+        step += 2
+        number, block_m, block_n = _tile(step, num_m, NUM_N, GROUP_M)
+    tma.store_wait(0)
+
+
+@gluon.jit
+def _store_tile(acc, out_smem, out_desc, epilogue, block_m, n, N: gl.constexpr, GATED: gl.constexpr,
+                INTERLEAVED: gl.constexpr, ACTIVATION: gl.constexpr, HAS_LIMIT: gl.constexpr):  # fmt: skip
+    """Routing weight, bias and activation of a tile in registers, then its columns n and following, box by box."""
+    bias_ptr, stride_be, router_weights_ptr, sorted_routes_ptr, tile_experts_ptr, num_routes, alpha, limit = epilogue
+    BLOCK_M: gl.constexpr = out_desc.block_shape[0]
+    BOX: gl.constexpr = out_desc.block_shape[1]
+    BOXES: gl.constexpr = acc.shape[1] // (2 * BOX if GATED else BOX)
+    row = block_m * BLOCK_M
+    if router_weights_ptr is not None:
+        routes = gl.load(sorted_routes_ptr + row + gl.arange(0, BLOCK_M, gl.SliceLayout(1, acc.type.layout)))
+        weights = gl.load(router_weights_ptr + routes, mask=routes < num_routes, other=0.0)
+        acc *= weights.to(gl.float32)[:, None]
+    if bias_ptr is not None:
+        bias_ptr += gl.load(tile_experts_ptr + block_m).to(gl.int64) * stride_be
+    halves = _halves(acc)
+    quarters = _halves(halves[0]) + _halves(halves[1])
+    for box in gl.static_range(BOXES):
+        column = n + box * BOX
+        if not GATED:
+            y = _add_bias(quarters[box], bias_ptr, column, N)
+            if ACTIVATION is not None:
+                y = nonlinearity(y, ACTIVATION, alpha)
+        else:
+            if INTERLEAVED:
+                pairs = _add_bias(halves[box], bias_ptr, 2 * column, 2 * N)
+                gate, up = pairs.reshape((BLOCK_M, BOX, 2)).split()
+            else:
+                gate = _add_bias(quarters[box], bias_ptr, column, N)
+                up = _add_bias(quarters[box + 2], bias_ptr, N + column, 2 * N)
+            y = activate_gated(gate, up, ACTIVATION, HAS_LIMIT, alpha, limit)
+        # The buffer is free once the store before this one has read it.
+        tma.store_wait(0)
+        block_barrier()
+        out_smem.store(y.to(out_desc.dtype))
+        fence_async_shared()
+        block_barrier()
+        tma_store(out_desc, [row, column], out_smem)
+
+
+@gluon.jit
+def _halves(x):
+    """[M, N] -> its left and right halves; in registers, since a thread of wgmma has columns of both."""
+    return x.reshape((x.shape[0], 2, x.shape[1] // 2)).permute((0, 2, 1)).split()
+
+
+@gluon.jit
+def _add_bias(x, bias_ptr, column, N: gl.constexpr):
+    """x + bias[column...] in fp32; columns from N on do not exist."""
+    if bias_ptr is not None:
+        columns = column + gl.arange(0, x.shape[1], gl.SliceLayout(0, x.type.layout))
+        x += gl.load(bias_ptr + columns, mask=columns < N, other=0.0).to(gl.float32)[None, :]
+    return x
+
+
+@gluon.jit(do_not_specialize=["num_routes", "stride_xm", "stride_be", "alpha", "limit"])
+def pingpong_kernel(
+    x_ptr, rows_desc, weights_desc, bias_ptr, router_weights_ptr, out_desc,
+    sorted_routes_ptr, tile_experts_ptr, num_padded_ptr, num_routes, stride_xm, stride_be, alpha, limit,
+    N: gl.constexpr, K: gl.constexpr, TOP_K: gl.constexpr, ACTIVATION: gl.constexpr, GATED: gl.constexpr,
+    INTERLEAVED: gl.constexpr, HAS_LIMIT: gl.constexpr, N_MAJOR: gl.constexpr, PROXY_FENCE: gl.constexpr,
+    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, GROUP_M: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """out[p, :N] = act(rows[p, :K] @ w[e]^T (* router weight) + bias[e]) for the sorted rows p.
+
+    The rows are gathered from x (up GEMM), or come from `rows_desc` (down GEMM; x_ptr None). A tile makes BLOCK_N columns
+    of out, from twice as many rows of w where GATED. N and K are constexpr: a model has one of each, and the ring's
+    arithmetic and the masks of the tails fold away. The boxes of the descriptors are those of `backends.pingpong`.
+    """
+    COLUMNS: gl.constexpr = 2 * BLOCK_N if GATED else BLOCK_N
+    NUM_N: gl.constexpr = triton.cdiv(N, BLOCK_N)
+    HALVES: gl.constexpr = GATED and not INTERLEAVED
+    GATHER: gl.constexpr = x_ptr is not None
+    DTYPE: gl.constexpr = weights_desc.dtype
+    WEIGHTS_BOX: gl.constexpr = [1, BLOCK_K, COLUMNS] if N_MAJOR else [1, COLUMNS, BLOCK_K]
+    BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
+    rows_smem = gl.allocate_shared_memory(DTYPE, [STAGES, BLOCK_M, BLOCK_K], out_desc.layout)
+    weights_smem = gl.allocate_shared_memory(DTYPE, [STAGES] + WEIGHTS_BOX, weights_desc.layout)
+    out_smem = gl.allocate_shared_memory(DTYPE, [2] + out_desc.block_shape, out_desc.layout)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
+    turn = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
+    for i in gl.static_range(STAGES):
+        mbarrier.init(full.index(i), count=1 + 32 * _GATHER_WARPS if GATHER else 1)
+        mbarrier.init(empty.index(i), count=1)
+    for i in gl.static_range(2):
+        mbarrier.init(turn.index(i), count=1)
+    fence_async_shared()
+    block_barrier()
+    ring = (rows_smem, weights_smem, full, empty)
+    # Constexprs must stand in the tuples at the call: a tuple in a variable would turn them into tensors.
+    gl.warp_specialize([
+        (_consume, (0, ring, turn, out_smem, out_desc, (bias_ptr, stride_be, router_weights_ptr, sorted_routes_ptr,
+                    tile_experts_ptr, num_routes, alpha, limit), num_padded_ptr, N, K, NUM_N, GROUP_M, GATED,
+                    INTERLEAVED, N_MAJOR, ACTIVATION, HAS_LIMIT, PROXY_FENCE and GATHER)),
+        (_consume, (1, ring, turn, out_smem, out_desc, (bias_ptr, stride_be, router_weights_ptr, sorted_routes_ptr,
+                    tile_experts_ptr, num_routes, alpha, limit), num_padded_ptr, N, K, NUM_N, GROUP_M, GATED,
+                    INTERLEAVED, N_MAJOR, ACTIVATION, HAS_LIMIT, PROXY_FENCE and GATHER)),
+        (_gather, (ring, x_ptr, stride_xm, sorted_routes_ptr, num_padded_ptr, num_routes, K, NUM_N, GROUP_M, TOP_K)),
+        (_load, (ring, rows_desc, weights_desc, tile_experts_ptr, num_padded_ptr, N, K, NUM_N, GROUP_M, HALVES, N_MAJOR)),
+    ], [4, _GATHER_WARPS, 1], [_CONSUMER_REGISTERS, _PRODUCER_REGISTERS, _PRODUCER_REGISTERS])  # fmt: skip

@@ -1,0 +1,40 @@
+"""Kernel variants beside the general one: when they can run, and with what tiles."""
+
+from moe_ops.devices import Device
+from moe_ops.problem import Problem
+from moe_ops.tuning.config import TileConfig
+
+# First Triton whose Gluon the kernel is written for.
+_FIRST_TRITON = (3, 6)
+_COPY_ELEMENTS = 8
+
+
+def pingpong_obstacle(problem: Problem, device: Device) -> str | None:
+    """Why the ping-pong kernel cannot run a call on the TMA path; None if it can.
+
+    What keeps a call from the TMA path at all is `dispatch.tma_obstacle`'s to say, and taken as checked.
+    """
+    if device.interpreted or device.kind != "cuda" or device.capability is None:
+        return "it is written in Gluon for NVIDIA GPUs, and Gluon has no interpreter"
+    if device.capability[0] != 9:
+        major, minor = device.capability
+        return f"{device.name or 'the device'} has compute capability {major}.{minor}, and wgmma is 9.x alone"
+    if device.triton is None or _version(device.triton) < _FIRST_TRITON:
+        return f"Triton is {device.triton}, and its Gluon is needed from 3.6 on"
+    if problem.dtype.itemsize != 2:
+        return f"the GEMMs are in {problem.dtype}, and it computes in bfloat16 and float16"
+    if problem.hidden_size % _COPY_ELEMENTS:
+        return f"H is {problem.hidden_size}, not a multiple of 8: rows of hidden_states cannot be copied by 16 bytes"
+    return None
+
+
+def pingpong_tiles(problem: Problem) -> tuple[TileConfig, TileConfig]:
+    """(up, down): 64 rows and 256 rows of weights, two consumers of 4 warps, and the stages that then fit."""
+    down = TileConfig(block_m=64, block_n=256, block_k=64, group_m=16, num_warps=4, num_stages=5)
+    up = TileConfig(block_m=64, block_n=128, block_k=64, group_m=16, num_warps=4, num_stages=5)
+    return (up if problem.activation.gated else down), down
+
+
+def _version(version: str) -> tuple[int, int]:
+    major, minor = version.split(".")[:2]
+    return int(major), int(minor)

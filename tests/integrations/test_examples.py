@@ -1,0 +1,59 @@
+"""The examples, run as a user runs them, with small settings."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+# Runs an example whose experts are wrong by 10 %.
+BROKEN = """
+import runpy, sys
+import moe_ops.integrations.transformers as integration
+right = integration.fused_moe
+integration.fused_moe = lambda *args, **kwargs: right(*args, **kwargs) * 1.1
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def run(*command):
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    env = {**os.environ, "MOE_OPS_EXAMPLE_QUICK": "1", "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    return subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True, env=env, timeout=300)
+
+
+def test_quickstart():
+    done = run(ROOT / "examples" / "quickstart.py")
+    assert done.returncode == 0, done.stderr
+    assert "result: [64, 512] torch." in done.stdout
+    assert re.search(r"^path: (cpu|classic|tma) \(.+\)$", done.stdout, re.M)
+
+
+def test_generate(tmp_path):
+    pytest.importorskip("transformers", minversion="5.17")
+    example = ROOT / "examples" / "generate.py"
+    options = ("--device", "cpu", "--cache", tmp_path, "--prompt", "The op", "--tokens", "12")
+    done = run(example, *options)
+    assert done.returncode == 0, done.stderr
+    first, last = map(float, re.search(r"loss (\S+) at the start, (\S+) at the end", done.stdout).groups())
+    assert last < first - 0.3
+    assert "prompt: 'The op'" in done.stdout and ": agree\n" in done.stdout
+    assert "  1 token(s): cpu (the tensors are on the CPU)\n" in done.stdout
+    for name in ("eager", "grouped_mm", "moe_ops"):
+        assert float(re.search(rf"^  {name} +(\S+) tokens/s$", done.stdout, re.M)[1]) > 0
+
+    # The second run takes the weights of the first, and notices experts that are wrong.
+    done = run("-c", BROKEN, example, *options)
+    assert "trained in an earlier run" in done.stdout
+    assert ": DISAGREE\n" in done.stdout and done.returncode == 1, done.stderr
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_generate_refuses_bad_options():
+    pytest.importorskip("transformers", minversion="5.17")
+    done = run(ROOT / "examples" / "generate.py", "--tokens", "0")
+    assert done.returncode == 2 and "--tokens must be at least 1" in done.stderr
