@@ -8,7 +8,8 @@ from moe_ops.backends.launch import launch, on_device
 from moe_ops.kernels import route as kernels
 from moe_ops.routing import Routing, empty_routing
 
-_SMALL_ROUTES = 1024
+_SMALL_ROUTES = 2048
+_SMALL_CHUNK = 16
 _CHUNK = 128
 _TILES = 32
 _SCAN_STEP = 1024
@@ -38,10 +39,11 @@ def sort_routes(
     outputs = (routing.sorted_routes, routing.tile_experts, routing.num_padded, routing.inverse)
     with on_device(ids):
         if num_routes <= _SMALL_ROUTES:
+            programs = max(triton.cdiv(num_routes, _SMALL_CHUNK), triton.cdiv(max_tiles, _TILES))
             launch(
-                kernels.route_small_kernel, 1, ids, expert_map, *outputs, num_routes, max_tiles, num_ids,
-                **sizes, ROUTES=max(32, triton.next_power_of_2(num_routes)), STEP=32, TILES=_TILES,
-                num_warps=4 if num_routes <= 256 else 8, PDL=dependent_launch,
+                kernels.route_small_kernel, programs, ids, expert_map, *outputs, num_routes, max_tiles, num_ids,
+                **sizes, ROUTES=max(32, triton.next_power_of_2(num_routes)), CHUNK=_SMALL_CHUNK, TILES=_TILES,
+                num_warps=4, PDL=dependent_launch,
             )  # fmt: skip
             return routing
         num_chunks = triton.cdiv(num_routes, _CHUNK)

@@ -4,7 +4,7 @@ Every expert's routes follow each other in their own order and are padded to a m
 
     position(r) = start[e] + |{r' < r : expert(r') = e}|,   start[e] = sum_{e' < e} ceil(count[e'] / BLOCK) * BLOCK
 
-Few routes take one program (`route_small_kernel`). Many take three launches: counts and ranks per chunk of routes
+Few routes take one launch (`route_small_kernel`). Many take three launches: counts and ranks per chunk of routes
 (`count_kernel`), a scan of each expert's counts over the chunks (`scan_kernel`), and the scatter (`scatter_kernel`).
 Ids are range-checked at their own width before they are narrowed or used as an index; a route whose id (or mapped id)
 is not an expert here is dropped: it counts as expert NUM_EXPERTS, which has no rows.
@@ -60,34 +60,36 @@ def _write_tiles(first_tile, starts, padded, counts, tile_experts_ptr, sorted_ro
              mask=in_range[:, None] & (offsets < BLOCK)[None, :] & (rows >= first_padding[:, None]))  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["num_routes", "max_tiles"])
+@triton.jit(do_not_specialize=["num_routes", "max_tiles", "num_ids"])
 def route_small_kernel(
     ids_ptr, map_ptr, sorted_routes_ptr, tile_experts_ptr, num_padded_ptr, inverse_ptr, num_routes, max_tiles, num_ids,
     NUM_EXPERTS: tl.constexpr, BINS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_POW2: tl.constexpr,
-    ROUTES: tl.constexpr, STEP: tl.constexpr, TILES: tl.constexpr, PDL: tl.constexpr,
+    ROUTES: tl.constexpr, CHUNK: tl.constexpr, TILES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """The whole sort of at most ROUTES routes in one program."""
+    """The sort of at most ROUTES routes in one launch: CHUNK routes and TILES row blocks a program.
+
+    Every program counts all routes for itself, which is cheaper than to wait for a second launch.
+    """
     if PDL:
         gdc_launch_dependents()
-    routes = tl.arange(0, ROUTES)
+    program = tl.program_id(0)
+    others = tl.arange(0, ROUTES)
+    other_experts = local_experts(ids_ptr, map_ptr, others, others < num_routes, num_ids, NUM_EXPERTS)
+    counts = tl.histogram(other_experts, BINS)
+    padded, starts = _starts(counts, BINS, NUM_EXPERTS, BLOCK)
+    if program == 0:
+        tl.store(num_padded_ptr, tl.sum(padded, 0))
+    if program * TILES < max_tiles:
+        _write_tiles(program * TILES, starts, padded, counts, tile_experts_ptr, sorted_routes_ptr, num_routes,
+                     max_tiles, NUM_EXPERTS, BINS, BLOCK, BLOCK_POW2, TILES)  # fmt: skip
+    routes = program * CHUNK + tl.arange(0, CHUNK)
     mask = routes < num_routes
     experts = local_experts(ids_ptr, map_ptr, routes, mask, num_ids, NUM_EXPERTS)
-    rank = tl.zeros((ROUTES,), tl.int32)
-    for first in range(0, num_routes, STEP):
-        others = first + tl.arange(0, STEP)
-        other_experts = local_experts(ids_ptr, map_ptr, others, others < num_routes, num_ids, NUM_EXPERTS)
-        earlier = (other_experts[None, :] == experts[:, None]) & (others[None, :] < routes[:, None])
-        rank += tl.sum(earlier.to(tl.int32), 1)
-    counts = tl.histogram(experts, BINS)
-    padded, starts = _starts(counts, BINS, NUM_EXPERTS, BLOCK)
+    earlier = (other_experts[None, :] == experts[:, None]) & (others[None, :] < routes[:, None])  # [CHUNK, ROUTES]
     kept = mask & (experts < NUM_EXPERTS)
-    rows = tl.where(kept, tl.gather(starts, experts, 0) + rank, -1)
+    rows = tl.where(kept, tl.gather(starts, experts, 0) + tl.sum(earlier.to(tl.int32), 1), -1)
     tl.store(inverse_ptr + routes, rows, mask=mask)
     tl.store(sorted_routes_ptr + rows, routes, mask=kept)
-    tl.store(num_padded_ptr, tl.sum(padded, 0))
-    for first in range(0, max_tiles, TILES):
-        _write_tiles(first, starts, padded, counts, tile_experts_ptr, sorted_routes_ptr, num_routes, max_tiles,
-                     NUM_EXPERTS, BINS, BLOCK, BLOCK_POW2, TILES)  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["num_routes", "num_chunks"])

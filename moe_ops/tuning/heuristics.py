@@ -48,7 +48,7 @@ def tile_configs(
     if problem.dtype.itemsize == 4:
         up, down = _fp32(rows_per_expert)
     elif path == "tma" and device.shared_memory >= _LARGE_SHARED_MEMORY:
-        up, down = _tma(rows_per_expert)
+        up, down = _tma(rows_per_expert, problem, device)
     else:
         up, down = _classic(rows_per_expert)
     if not problem.activation.gated:
@@ -57,14 +57,29 @@ def tile_configs(
     return fit(up, device, itemsize, gated=problem.activation.gated), fit(down, device, itemsize, gated=False)
 
 
-def _tma(rows: float) -> tuple[TileConfig, TileConfig]:
+def _tma(rows: float, problem: Problem, device: Device) -> tuple[TileConfig, TileConfig]:
+    """Swapped operands up to 48 rows: there the weights' bytes are all that counts, in many and deep loads."""
+    if rows <= 1 and problem.num_routes * -(-problem.intermediate_size // 32) <= device.num_sms:
+        # One program per multiprocessor at most: the bytes in flight must come from the depth of its pipeline.
+        return TileConfig(16, 32, 256, 4, 4, 4, True), TileConfig(16, 64, 128, 4, 4, 6, True)
+    if rows < 2:
+        return TileConfig(16, 32, 128, 4, 4, 4, True), _short_reduction(problem, TileConfig(16, 64, 128, 4, 4, 4, True))
+    if rows <= 4:
+        return TileConfig(16, 32, 256, 4, 4, 3, True), _short_reduction(problem, TileConfig(16, 64, 128, 4, 4, 4, True))
     if rows <= 8:
-        return TileConfig(16, 32, 128, 4, 4, 4, True), TileConfig(16, 64, 128, 4, 4, 4, True)
+        return TileConfig(16, 64, 128, 4, 4, 3, True), _short_reduction(problem, TileConfig(16, 64, 128, 4, 4, 4, True))
     if rows <= 16:
-        return TileConfig(32, 32, 128, 4, 4, 4, True), TileConfig(32, 64, 128, 4, 4, 4, True)
+        return TileConfig(32, 64, 128, 4, 4, 3, True), TileConfig(32, 64, 128, 4, 4, 4, True)
     if rows <= 48:
         return TileConfig(64, 64, 128, 4, 4, 3, True), TileConfig(64, 128, 64, 4, 4, 4, True)
     return TileConfig(128, 128, 64, 16, 8, 4), TileConfig(128, 256, 64, 16, 8, 4)
+
+
+def _short_reduction(problem: Problem, config: TileConfig) -> TileConfig:
+    """Twice the columns where the down GEMM's reduction has a few steps only, too few to fill a pipeline."""
+    if problem.intermediate_size > 1024:
+        return config
+    return replace(config, block_n=128, num_stages=3)
 
 
 def _classic(rows: float) -> tuple[TileConfig, TileConfig]:
