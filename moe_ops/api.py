@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from moe_ops import registration
+from moe_ops import plans, registration  # noqa: F401  (registration defines the ops)
 from moe_ops.dispatch import Plan
 from moe_ops.problem import Arguments
 from moe_ops.routing import Routing
@@ -140,7 +140,7 @@ def explain(*args, **kwargs) -> Plan:
         >>> plan.path, plan.reason
         ('cpu', 'the tensors are on the CPU')
     """
-    return registration.plan(Arguments(*args, **kwargs))[1]
+    return plans.plan(Arguments(*args, **kwargs))[1]
 
 
 def route(topk_ids: Tensor, num_experts: int, block: int, expert_map: Tensor | None = None) -> Routing:

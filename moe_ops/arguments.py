@@ -46,3 +46,4 @@ class Arguments:
 _NAMES = tuple(field.name for field in fields(Arguments))
 TENSOR_ARGUMENTS = _NAMES[: _NAMES.index("activation")]
 REQUIRED_TENSORS = TENSOR_ARGUMENTS[:5]
+OPTION_ARGUMENTS = _NAMES[len(TENSOR_ARGUMENTS) :]

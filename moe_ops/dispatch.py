@@ -82,13 +82,18 @@ def override(value: Override) -> Iterator[None]:
         _override.reset(token)
 
 
+def current_override() -> Override | None:
+    """What the calls of this context are forced to."""
+    return _override.get()
+
+
 def make_plan(problem: Problem, device: Device) -> Plan:
     """Chooses path and tiles.
 
     Raises:
         ValueError: the path that was asked for cannot run; the message says why and what to do.
     """
-    forced = _override.get()
+    forced = current_override()
     if forced is not None and forced.path is not None:
         problem = replace(problem, path=forced.path)
     path, reason = choose_path(problem, device)

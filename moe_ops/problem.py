@@ -44,7 +44,7 @@ class Problem:
         quantization: weight format.
         w1_strides: strides of w1 in elements.
         w2_strides: strides of w2 in elements.
-        w1_address: address of w1 in bytes, as far as its alignment goes.
+        w1_address: address of w1 in bytes, modulo 16: what its alignment needs.
         w2_address: likewise for w2.
         router_weight_on_input: the routing weight multiplies x @ w1^T instead of the output.
         routed_scaling_factor: multiplies the result.
@@ -132,8 +132,8 @@ def make_problem(args: Arguments, *, traced: bool = False) -> Problem:
         quantization=args.quantization,
         w1_strides=w1.stride(),
         w2_strides=w2.stride(),
-        w1_address=0 if traced else w1.data_ptr(),
-        w2_address=0 if traced else w2.data_ptr(),
+        w1_address=0 if traced else w1.data_ptr() % 16,
+        w2_address=0 if traced else w2.data_ptr() % 16,
         router_weight_on_input=args.apply_router_weight_on_input,
         routed_scaling_factor=args.routed_scaling_factor,
         reduce_topk=args.reduce_topk,

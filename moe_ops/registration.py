@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from moe_ops.devices import describe
-from moe_ops.dispatch import Plan, make_plan
+from moe_ops.dispatch import Plan
+from moe_ops.plans import plan
 from moe_ops.problem import Arguments, Problem, check_out, check_route, make_problem
 from moe_ops.routing import Routing, empty_routing
 from moe_ops.schema import FUSED_MOE, FUSED_MOE_, NAMESPACE, NO_BACKWARD, ROUTE
@@ -14,12 +14,6 @@ _library = torch.library.Library(NAMESPACE, "FRAGMENT")
 
 for _schema in (FUSED_MOE, FUSED_MOE_, ROUTE, NO_BACKWARD):
     _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
-
-
-def plan(args: Arguments) -> tuple[Problem, Plan]:
-    """Checks a call and decides how it will run."""
-    problem = make_problem(args)
-    return problem, make_plan(problem, describe(args.hidden_states.device))
 
 
 def _run(args: Arguments, problem: Problem, plan: Plan, out: Tensor) -> None:

@@ -25,6 +25,7 @@ LAYERS = (
     {"reference"},
     {"tuning"},
     {"dispatch"},
+    {"plans"},
     {"registration"},
     {"api"},
 )

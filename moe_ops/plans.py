@@ -1,0 +1,68 @@
+"""Plans of calls seen before: checking and planning a call costs as much host time as launching its kernels.
+
+A plan depends on nothing but what is in the key (sizes, strides, dtypes, devices and alignments of the tensors, the
+options, the overrides in force), so an entry cannot become stale. Addresses are not in it.
+"""
+
+from collections.abc import Hashable
+
+from torch import Tensor
+
+from moe_ops import dispatch, env
+from moe_ops.arguments import OPTION_ARGUMENTS, TENSOR_ARGUMENTS, Arguments
+from moe_ops.devices import describe
+from moe_ops.dispatch import Plan
+from moe_ops.problem import Problem, make_problem
+
+# Serving sees one entry per batch size and layer shape; a caller that never repeats itself must not fill the memory.
+_MAX_ENTRIES = 4096
+_ALIGNMENT = 16
+
+_plans: dict[Hashable, tuple[Problem, Plan]] = {}
+
+
+def plan(args: Arguments) -> tuple[Problem, Plan]:
+    """Checks a call and decides how it will run.
+
+    Args:
+        args: the call.
+
+    Returns:
+        Its description and its plan.
+
+    Raises:
+        ValueError, TypeError, NotImplementedError: the call is wrong, or its path cannot run. Errors are not kept.
+    """
+    key = _key(args)
+    found = _plans.get(key) if key is not None else None
+    if found is None:
+        problem = make_problem(args)
+        found = problem, dispatch.make_plan(problem, describe(args.hidden_states.device))
+        if key is not None:
+            if len(_plans) >= _MAX_ENTRIES:
+                _plans.clear()
+            _plans[key] = found
+    return found
+
+
+def _key(args: Arguments) -> Hashable | None:
+    """Everything `make_problem` and `make_plan` look at; None for arguments that cannot be looked up."""
+    facts = []
+    for name in TENSOR_ARGUMENTS:
+        tensor = getattr(args, name)
+        if isinstance(tensor, Tensor):
+            alignment = tensor.data_ptr() % _ALIGNMENT
+            facts.append((tensor.shape, tensor.stride(), tensor.dtype, tensor.device, alignment))
+        elif tensor is None:
+            facts.append(None)
+        else:
+            return None
+    if args.block_shape is not None:
+        return None
+    options = [getattr(args, name) for name in OPTION_ARGUMENTS]
+    key = (*facts, *options, env.batch_invariant(), dispatch.current_override())
+    try:
+        hash(key)
+    except TypeError:
+        return None
+    return key
