@@ -9,7 +9,7 @@ from moe_ops import env
 from moe_ops.devices import Device
 from moe_ops.problem import PATHS, Problem
 from moe_ops.routing import max_row_blocks
-from moe_ops.tuning import VARIANTS, TileConfig, choose_variant, tile_configs
+from moe_ops.tuning import VARIANTS, TileConfig, choose_variant, tile_configs, variant_obstacle
 
 # TMA: base addresses and all strides but the innermost in units of 16 bytes.
 _TMA_ALIGNMENT = 16
@@ -24,12 +24,13 @@ class Plan:
     Attributes:
         path: "tma", "classic", "cpu" or "reference".
         reason: why this path, in words.
-        variant: how the rows reach the GEMMs: "direct" (no sort, each route in a block of its own), "sorted"; "" on
-            the paths without kernels.
+        variant: "direct" (no sort, each route in a block of its own), "sorted", "pingpong" (sorted, with the
+            warp-specialised GEMMs); "" on the paths without kernels.
         dependent_launch: each kernel may start while the one before it finishes.
         up: tile of the up GEMM; None on the paths without tiles.
         down: tile of the down GEMM; None on the paths without tiles.
         max_tiles: upper bound of the row blocks, from shapes alone.
+        num_sms: the device's multiprocessors, for persistent kernels.
         workspace_bytes: device memory taken beside the result.
     """
 
@@ -40,6 +41,7 @@ class Plan:
     up: TileConfig | None = None
     down: TileConfig | None = None
     max_tiles: int = 0
+    num_sms: int = 1
     workspace_bytes: int = 0
 
     @property
@@ -100,10 +102,13 @@ def make_plan(problem: Problem, device: Device) -> Plan:
     if path in ("cpu", "reference"):
         return Plan(path, reason)
     invariant = env.batch_invariant()
-    variant = choose_variant(problem, batch_invariant=invariant)
+    variant = choose_variant(problem, device, path, batch_invariant=invariant)
     if forced is not None and forced.variant is not None:
         variant = forced.variant
-    up, down = tile_configs(problem, device, path, batch_invariant=invariant)
+        obstacle = variant_obstacle(variant, problem, device, path)
+        if obstacle is not None:
+            raise ValueError(f"variant is {variant!r}, but {obstacle}; leave it out, or pass variant='sorted'")
+    up, down = tile_configs(problem, device, path, variant, batch_invariant=invariant)
     if forced is not None:
         up, down = forced.up or up, forced.down or down
     if up.block_m != down.block_m:
@@ -112,7 +117,7 @@ def make_plan(problem: Problem, device: Device) -> Plan:
     if variant != "direct":
         max_tiles = max_row_blocks(problem.num_routes, problem.num_experts, up.block_m)
     dependent_launch = device.capability is not None and device.capability >= (9, 0) and not device.interpreted
-    plan = Plan(path, reason, variant, dependent_launch, up, down, max_tiles)
+    plan = Plan(path, reason, variant, dependent_launch, up, down, max_tiles, device.num_sms)
     return replace(plan, workspace_bytes=_workspace_bytes(problem, plan))
 
 

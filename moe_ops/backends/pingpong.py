@@ -10,6 +10,7 @@ from triton.experimental.gluon.language import NVMMASharedLayout
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from moe_ops.backends.launch import launch
+from moe_ops.dispatch import Plan
 from moe_ops.kernels.pingpong import pingpong_kernel
 from moe_ops.problem import Arguments, Problem
 from moe_ops.routing import Routing
@@ -22,44 +23,40 @@ _COPY_BYTES, _COPY_ELEMENTS = 16, 8
 PROXY_FENCE = True
 
 
-def up(args: Arguments, problem: Problem, plan_config, routing: Routing, router_weights: Tensor, act: Tensor,
-       num_sms: int) -> None:  # fmt: skip
+def up(args: Arguments, problem: Problem, plan: Plan, routing: Routing, router_weights: Tensor, act: Tensor) -> None:
     """act[p] = act(x[token of p] @ w1[e]^T (* router weight) + b1[e]) for the sorted rows p.
 
     Args:
         args: the call.
         problem: its description.
-        plan_config: tile of the up GEMM, `tuning.variants.pingpong_tiles(problem)[0]` or one like it.
+        plan: of variant "pingpong".
         routing: the sorted routes, blocks of 64.
         router_weights: [M, top_k], contiguous.
         act: [max_rows, I], rows 16 bytes aligned; written, padding rows included.
-        num_sms: programs, at most.
     """
     activation = problem.activation
     _launch(
         _copyable(args.hidden_states), None, args.w1, args.w1_bias,
-        router_weights if problem.router_weight_on_input else None, act, routing, problem, plan_config, num_sms,
+        router_weights if problem.router_weight_on_input else None, act, routing, problem, plan.up, plan.num_sms,
         K=problem.hidden_size, ACTIVATION=activation.name, GATED=activation.gated,
         INTERLEAVED=activation.gated and problem.gate_up_layout == "interleaved",
         HAS_LIMIT=problem.limit is not None,
     )  # fmt: skip
 
 
-def down(args: Arguments, problem: Problem, plan_config, routing: Routing, act: Tensor, rows: Tensor,
-         num_sms: int) -> None:  # fmt: skip
+def down(args: Arguments, problem: Problem, plan: Plan, routing: Routing, act: Tensor, rows: Tensor) -> None:
     """rows[p] = act[p] @ w2[e]^T + b2[e] for the sorted rows p.
 
     Args:
         args: the call.
         problem: its description.
-        plan_config: tile of the down GEMM, `tuning.variants.pingpong_tiles(problem)[1]` or one like it.
+        plan: of variant "pingpong".
         routing: the sorted routes, blocks of 64.
         act: [max_rows, I], what `up` wrote.
         rows: [max_rows, H], rows 16 bytes aligned; written, padding rows included.
-        num_sms: programs, at most.
     """
     _launch(
-        None, act, args.w2, args.w2_bias, None, rows, routing, problem, plan_config, num_sms,
+        None, act, args.w2, args.w2_bias, None, rows, routing, problem, plan.down, plan.num_sms,
         K=problem.intermediate_size, ACTIVATION=None, GATED=False, INTERLEAVED=False, HAS_LIMIT=False,
     )  # fmt: skip
 
@@ -81,7 +78,7 @@ def _launch(x: Tensor | None, act: Tensor | None, weight: Tensor, bias: Tensor |
         problem.alpha or 0.0, problem.limit or 0.0,
         N=out.shape[1], TOP_K=problem.top_k, GATED=GATED, INTERLEAVED=INTERLEAVED, **constexprs,
         N_MAJOR=weight.stride(2) != 1, PROXY_FENCE=PROXY_FENCE, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
-        BLOCK_K=config.block_k, GROUP_M=config.group_m, STAGES=config.num_stages, num_warps=config.num_warps,
+        BLOCK_K=config.block_k, GROUP_M=config.group_m, STAGES=config.num_stages, num_warps=4,
     )  # fmt: skip
 
 

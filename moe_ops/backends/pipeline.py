@@ -45,10 +45,16 @@ def run(args: Arguments, problem: Problem, plan: Plan, out: Tensor, describe_ope
         rows_from = _row_source(args, problem, plan)
         router_weights = args.topk_weights.contiguous()
         act = _workspace(hidden_states, plan.max_rows, problem.intermediate_size)
-        operands = describe_operands(args, problem, plan, act)
-        _up(args, problem, plan, operands, rows_from, router_weights, act)
         rows = _workspace(hidden_states, plan.max_rows, problem.hidden_size)
-        _down(args, problem, plan, operands, rows_from, act, rows)
+        if plan.variant == "pingpong":
+            from moe_ops.backends import pingpong
+
+            pingpong.up(args, problem, plan, rows_from, router_weights, act)
+            pingpong.down(args, problem, plan, rows_from, act, rows)
+        else:
+            operands = describe_operands(args, problem, plan, act)
+            _up(args, problem, plan, operands, rows_from, router_weights, act)
+            _down(args, problem, plan, operands, rows_from, act, rows)
         combine_weights = None if problem.router_weight_on_input else router_weights
         _combine(problem, plan, rows, rows_from, combine_weights, out)
     return out

@@ -1,35 +1,35 @@
 """The up and the down GEMM of the experts for Hopper (sm_90): persistent, warp-specialised, two consumers in turns.
 
-One kernel serves both GEMMs; the rows are those of `kernels.grouped_gemm`, padded to BLOCK_M = 64. Four roles share a
-program of 12 warps and a ring of STAGES stages, each with one K step of the rows and of the weights:
+One kernel serves both GEMMs; the rows are those of `kernels.grouped_gemm`, every expert padded to BLOCK_M = 64. Four
+roles share a program of 12 warps and a ring of STAGES stages, each with one K step of the rows and of the weights:
 
-    _gather      2 warps  cp.async  x --------+
-                                              +--> ring of stages --> _consume 0  4 warps  wgmma, epilogue, TMA store
-    _load        1 warp   TMA  w (and act) ---+                   \\-> _consume 1  4 warps
+    _gather   2 warps  cp.async  x ---------+                    +--> _consume 0   4 warps  wgmma, epilogue, TMA store
+                                            +--> ring of stages -+
+    _load     1 warp   TMA  weights, act ---+                    +--> _consume 1   4 warps  wgmma, epilogue, TMA store
 
-    consumer 0   | tile 0: K steps | epilogue        | tile 2: K steps | epilogue ...
-    consumer 1         waits       | tile 1: K steps | epilogue        | tile 3: K steps ...
+    consumer 0   | tile 0: K steps | tile 0: epilogue | tile 2: K steps | tile 2: epilogue | ...
+    consumer 1   | wait for turn   | tile 1: K steps  | tile 1: epilogue| tile 3: K steps  | ...
 
 The tiles of a program are numbered by `step`, and the K steps of all of them, one after the other, by `index`: step t
-owns the indices t * K_STEPS and following. Index i lives in stage i % STAGES, in that stage's pass i // STAGES. Every
-barrier completes its phases in order, and a wait for phase p (by its parity, p & 1) is right only while p - 1 is over.
+owns the indices from t * K_STEPS on. Index i lives in stage i % STAGES, in that stage's pass i // STAGES. A barrier's
+phases complete in order, and a wait for phase p sees its parity, p & 1, only: it is right while phase p - 1 is over.
 
-    barrier      arrivals a phase            who arrives                          who waits, for which phase
-    full[s]      1                           _load: announces its bytes           the consumer whose tile index i is in,
-                 + a thread of _gather each  cp.async: a thread's rows are here   for pass i // STAGES
-                 (+ the bytes)               TMA: its bytes are here
-    empty[s]     1                           the consumer, once the wgmma that    _load and _gather, before they refill,
-                                             read index i is over                 for pass i // STAGES - 1
-    turn[c]      1                           consumer 1 - c, once all wgmma of    consumer c, before its tile of step t:
-                                             its tile are issued                  phase t // 2 - 1 (c = 0), t // 2 (c = 1)
+    barrier    arrivals in a phase             who arrives                          who waits, for which phase
+    full[s]    1                               _load, which announces its bytes     the consumer of index i,
+               + 1 a thread of _gather         cp.async: the thread's rows are here for pass i // STAGES
+               (and all announced bytes)       TMA: these bytes are here
+    empty[s]   1                               the consumer of index i, when the    _load and _gather before index i,
+                                               wgmma that read it are over          for pass i // STAGES - 1
+    turn[c]    1                               consumer 1 - c, when all wgmma of    consumer c before its tile of step t,
+                                               its tile are issued                  for phase t // 2 - 1 + c
 
-A wait for pass -1 returns at once: that is how the first fill of a stage and the first turn of consumer 0 start. The
-turns keep the waits on `full` in the order of the indices. Without them the second consumer would wait for a pass two
-ahead, take the phase before it for the one it wants, and read a stage that is not its own.
+A wait for phase -1 returns at once: so the first fill of a stage and the first turn of consumer 0 begin. The turns keep
+the waits for `full` in the order of the indices. Without them a consumer would wait for a pass that is two ahead, take
+the completed phase before it for the one it wants, and read a stage that is not its own.
 
-Tails. K: TMA fills with zeros past the last column of w and act, the gather past the last column of x; both sides are
-needed, since 0 * NaN is NaN. N: columns of the accumulator past the last one are made from zeros (or, for the gate, from
-rows of the up half), and the TMA store clips them. Rows: padding rows are made from zeros and stored like others.
+Tails. K: TMA fills with zeros past the last column of weights and act, the gather past the last column of x; it takes
+both sides, since 0 * NaN is NaN. N: accumulator columns past the last one come from zeros (gate columns: from rows of
+the up half), and the TMA store clips them. Rows: padding rows come from zeros and are stored like others.
 """
 
 import triton
@@ -301,13 +301,12 @@ def pingpong_kernel(
     fence_async_shared()
     block_barrier()
     ring = (rows_smem, weights_smem, full, empty)
+    epilogue = (bias_ptr, stride_be, router_weights_ptr, sorted_routes_ptr, tile_experts_ptr, num_routes, alpha, limit)
     # Constexprs must stand in the tuples at the call: a tuple in a variable would turn them into tensors.
     gl.warp_specialize([
-        (_consume, (0, ring, turn, out_smem, out_desc, (bias_ptr, stride_be, router_weights_ptr, sorted_routes_ptr,
-                    tile_experts_ptr, num_routes, alpha, limit), num_padded_ptr, N, K, NUM_N, GROUP_M, GATED,
+        (_consume, (0, ring, turn, out_smem, out_desc, epilogue, num_padded_ptr, N, K, NUM_N, GROUP_M, GATED,
                     INTERLEAVED, N_MAJOR, ACTIVATION, HAS_LIMIT, PROXY_FENCE and GATHER)),
-        (_consume, (1, ring, turn, out_smem, out_desc, (bias_ptr, stride_be, router_weights_ptr, sorted_routes_ptr,
-                    tile_experts_ptr, num_routes, alpha, limit), num_padded_ptr, N, K, NUM_N, GROUP_M, GATED,
+        (_consume, (1, ring, turn, out_smem, out_desc, epilogue, num_padded_ptr, N, K, NUM_N, GROUP_M, GATED,
                     INTERLEAVED, N_MAJOR, ACTIVATION, HAS_LIMIT, PROXY_FENCE and GATHER)),
         (_gather, (ring, x_ptr, stride_xm, sorted_routes_ptr, num_padded_ptr, num_routes, K, NUM_N, GROUP_M, TOP_K)),
         (_load, (ring, rows_desc, weights_desc, tile_experts_ptr, num_padded_ptr, N, K, NUM_N, GROUP_M, HALVES, N_MAJOR)),

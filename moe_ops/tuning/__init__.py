@@ -1,6 +1,7 @@
 """Tile configurations: what they are and how they are chosen."""
 
 from moe_ops.tuning.config import TileConfig
-from moe_ops.tuning.heuristics import VARIANTS, choose_variant, tile_configs
+from moe_ops.tuning.heuristics import tile_configs
+from moe_ops.tuning.variants import VARIANTS, choose_variant, variant_obstacle
 
-__all__ = ["VARIANTS", "TileConfig", "choose_variant", "tile_configs"]
+__all__ = ["VARIANTS", "TileConfig", "choose_variant", "tile_configs", "variant_obstacle"]

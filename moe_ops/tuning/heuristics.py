@@ -5,6 +5,7 @@ from dataclasses import replace
 from moe_ops.devices import Device
 from moe_ops.problem import Problem
 from moe_ops.tuning.config import TileConfig
+from moe_ops.tuning.variants import expected_rows, pingpong_tiles
 
 # Triton's barriers and scratch beside the pipeline's stages.
 _SHARED_MEMORY_RESERVE = 2048
@@ -12,20 +13,9 @@ _SHARED_MEMORY_RESERVE = 2048
 # Below this (sm_120 has 99 KiB) the large TMA tiles would be left with two stages, and spill.
 _LARGE_SHARED_MEMORY = 160 * 1024
 
-# How the rows reach the GEMMs; see `Plan.variant`.
-VARIANTS = ("direct", "sorted")
-
-
-def choose_variant(problem: Problem, *, batch_invariant: bool) -> str:
-    """Chooses how the rows reach the GEMMs.
-
-    One token's routes go to different experts as a rule: sorting them saves no weights and costs a launch.
-    """
-    return "direct" if problem.num_tokens == 1 and not batch_invariant else "sorted"
-
 
 def tile_configs(
-    problem: Problem, device: Device, path: str, *, batch_invariant: bool
+    problem: Problem, device: Device, path: str, variant: str = "sorted", *, batch_invariant: bool
 ) -> tuple[TileConfig, TileConfig]:
     """Chooses the tiles of the up and the down GEMM.
 
@@ -36,15 +26,15 @@ def tile_configs(
         problem: the call.
         device: where it runs.
         path: "tma" or "classic".
+        variant: as `Plan.variant`.
         batch_invariant: choose without a look at the number of tokens.
 
     Returns:
         (up, down), with one `block_m`, within the device's shared memory.
     """
-    if batch_invariant:
-        rows_per_expert = 64.0
-    else:
-        rows_per_expert = problem.num_routes / max(1, min(problem.num_routes, problem.num_experts))
+    if variant == "pingpong":
+        return pingpong_tiles(problem)
+    rows_per_expert = 64.0 if batch_invariant else expected_rows(problem)
     if problem.dtype.itemsize == 4:
         up, down = _fp32(rows_per_expert)
     elif path == "tma" and device.shared_memory >= _LARGE_SHARED_MEMORY:

@@ -1,4 +1,4 @@
-"""Kernel variants beside the general one: when they can run, and with what tiles."""
+"""Kernel variants: when each can run, when it is the best, and the ping-pong kernel's tiles."""
 
 from moe_ops.devices import Device
 from moe_ops.problem import Problem
@@ -7,6 +7,42 @@ from moe_ops.tuning.config import TileConfig
 # First Triton whose Gluon the kernel is written for.
 _FIRST_TRITON = (3, 6)
 _COPY_ELEMENTS = 8
+
+
+# As `Plan.variant`.
+VARIANTS = ("direct", "sorted", "pingpong")
+
+# Rows an expert can expect from which the ping-pong kernel is ahead of tiles with swapped operands.
+_PINGPONG_ROWS = 64
+
+
+def expected_rows(problem: Problem) -> float:
+    """Routes per expert that has any, were they spread evenly."""
+    return problem.num_routes / max(1, min(problem.num_routes, problem.num_experts))
+
+
+def choose_variant(problem: Problem, device: Device, path: str, *, batch_invariant: bool) -> str:
+    """Chooses the kernel variant.
+
+    One token's routes go to different experts as a rule: sorting them saves no weights and costs a launch. Batch
+    invariance asks for one variant whatever the number of tokens.
+    """
+    if batch_invariant:
+        return "sorted"
+    if problem.num_tokens == 1:
+        return "direct"
+    if expected_rows(problem) > _PINGPONG_ROWS and variant_obstacle("pingpong", problem, device, path) is None:
+        return "pingpong"
+    return "sorted"
+
+
+def variant_obstacle(variant: str, problem: Problem, device: Device, path: str) -> str | None:
+    """Why a variant cannot run a call on a path; None if it can."""
+    if variant != "pingpong":
+        return None
+    if path != "tma":
+        return f"it needs the TMA path, and this call takes {path!r}"
+    return pingpong_obstacle(problem, device)
 
 
 def pingpong_obstacle(problem: Problem, device: Device) -> str | None:

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from tests.aot.harness import DEVICES, KIB, compile_call, make_call
 from moe_ops.dispatch import make_plan
 from moe_ops.problem import make_problem
+from tests.aot.harness import DEVICES, KIB, compile_call, make_call
 
 # Tokens for 8 experts and top_k 2: 4, 16, 48 and 256 rows per expert, one for each tile of the heuristic.
 TOKENS = [16, 64, 192, 1024]

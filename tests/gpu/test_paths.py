@@ -45,6 +45,46 @@ def test_option_without_a_sort(name, path):
     assert_correct(out, args)
 
 
+HOPPER = pytest.mark.skipif(CAPABILITY[0] != 9, reason="wgmma is Hopper's")
+
+
+@HOPPER
+@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_pingpong_option(name, dtype):
+    args = option_case(name, dtype, "cuda", num_tokens=700, hidden=264, intermediate=136)
+    with override(path="tma", variant="pingpong"), poisoned_memory():
+        out = run(args)
+    assert_correct(out, args)
+    with override(path="tma", variant="pingpong"):
+        for _ in range(5):
+            assert torch.equal(run(args), out)
+
+
+@HOPPER
+@pytest.mark.parametrize("sizes", [(64, 64), (256, 256), (2880, 2880), (8, 16), (1000, 360)], ids=str)
+@pytest.mark.parametrize("num_tokens", [1, 65, 3000])
+def test_pingpong_sizes(sizes, num_tokens):
+    """One step of K and many, tails, fewer tiles than programs, and none."""
+    hidden, intermediate = sizes
+    args = random_inputs(
+        num_tokens=num_tokens, hidden=hidden, intermediate=intermediate, experts=5, top_k=2, dtype=torch.bfloat16,
+        device="cuda",
+    )  # fmt: skip
+    with override(path="tma", variant="pingpong"), poisoned_memory():
+        assert_correct(run(args), args)
+        args.topk_ids = torch.full_like(args.topk_ids, -1)
+        assert (run(args) == 0).all()
+
+
+@HOPPER
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_pingpong_exact_integers(dtype):
+    args = exact_inputs(num_tokens=900, hidden=1000, intermediate=360, experts=7, top_k=3, dtype=dtype, device="cuda")
+    with override(path="tma", variant="pingpong"):
+        assert_exact(run(args), args)
+
+
 @pytest.mark.parametrize("name", OPTIONS)
 def test_option_float32(name):
     args = option_case(name, torch.float32, "cuda", num_tokens=65, hidden=136, intermediate=72)
@@ -204,7 +244,10 @@ def test_token_offsets_beyond_int32(path):
     assert_correct(out[-64:], args)
 
 
-@pytest.mark.parametrize("num_tokens,experts,block", [(1, 1, 16), (16, 60, 16), (128, 1025, 64), (2048, 256, 64), (140_000, 128, 128)])  # fmt: skip
+@pytest.mark.parametrize(
+    "num_tokens,experts,block",
+    [(1, 1, 16), (16, 60, 16), (128, 1025, 64), (256, 32, 64), (2048, 256, 64), (140_000, 128, 128)],
+)
 def test_route(num_tokens, experts, block):
     ids = torch.randint(-1, experts + 1, (num_tokens, 8), device="cuda")
     with poisoned_memory():
