@@ -3,12 +3,17 @@
 A descriptor made on the host needs no scratch memory and no allocator, and a CUDA graph captures it like a pointer.
 """
 
+import copy
+
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from moe_ops.backends import pipeline
 from moe_ops.dispatch import Plan
 from moe_ops.problem import Arguments, Problem
+
+# Boxes and shapes of a process are few; activations of many sizes must not fill the memory.
+_MAX_TEMPLATES = 4096
 
 
 def run(args: Arguments, problem: Problem, plan: Plan, out: Tensor) -> Tensor:
@@ -23,19 +28,40 @@ def _describe_operands(args: Arguments, problem: Problem, plan: Plan, act: Tenso
     return pipeline.Operands(
         w1_desc=_weight_descriptor(args.w1, up.block_n * (2 if interleaved else 1), up.block_k, halves=halves),
         w2_desc=_weight_descriptor(args.w2, down.block_n, down.block_k, halves=False),
-        act_desc=TensorDescriptor(act, list(act.shape), list(act.stride()), [down.block_m, down.block_k]),
+        act_desc=_descriptor(act, tuple(act.shape), act.stride(), (down.block_m, down.block_k)),
     )
+
+
+_templates: dict[tuple, TensorDescriptor] = {}
+
+
+def _descriptor(base: Tensor, shape: tuple[int, ...], strides: tuple[int, ...], box: tuple[int, ...]):
+    """A descriptor of `base`, copied from one of the same form: checking a form costs more than a launch should.
+
+    The forms hold no tensor, so they keep no memory alive; the base's alignment was checked with the plan.
+    """
+    key = (shape, strides, box, base.dtype)
+    template = _templates.get(key)
+    if template is None:
+        template = TensorDescriptor(base, list(shape), list(strides), list(box))
+        template.base = None
+        if len(_templates) >= _MAX_TEMPLATES:
+            _templates.clear()
+        _templates[key] = template
+    descriptor = copy.copy(template)
+    descriptor.base = base
+    return descriptor
 
 
 def _weight_descriptor(weight: Tensor, rows: int, block_k: int, *, halves: bool) -> TensorDescriptor:
     """A descriptor of a weight [E, N, K], either K-major or N-major; the boxes are those of `kernels.grouped_gemm`."""
     num_experts, n, k = weight.shape
     expert, row, column = weight.stride()
-    shape, strides, box = [n], [row], [rows]
+    shape, strides, box = (n,), (row,), (rows,)
     if halves:
-        shape, strides, box = [2, n // 2], [n // 2 * row, row], [2, rows]
+        shape, strides, box = (2, n // 2), (n // 2 * row, row), (2, rows)
     if column == 1:
-        shape, strides, box = [*shape, k], [*strides, column], [*box, block_k]
+        shape, strides, box = (*shape, k), (*strides, column), (*box, block_k)
     else:
-        shape, strides, box = [k, *shape], [column, *strides], [block_k, *box]
-    return TensorDescriptor(weight, [num_experts, *shape], [expert, *strides], [1, *box])
+        shape, strides, box = (k, *shape), (column, *strides), (block_k, *box)
+    return _descriptor(weight, (num_experts, *shape), (expert, *strides), (1, *box))

@@ -26,7 +26,7 @@ def nonlinearity(x, ACTIVATION: tl.constexpr, alpha):
 
 @triton.jit
 def activate_gated(gate, up, ACTIVATION: tl.constexpr, HAS_LIMIT: tl.constexpr, alpha, limit):
-    """nonlinearity(gate) * up, both clamped first where there is a limit. A NaN stays a NaN, as torch.clamp keeps it."""
+    """nonlinearity(gate) * up, both clamped first where there is a limit; as in torch.clamp a NaN stays a NaN."""
     if HAS_LIMIT:
         gate = tl.where(gate > limit, limit, gate)
         up = tl.where(up > limit, limit, tl.where(up < -limit, -limit, up))

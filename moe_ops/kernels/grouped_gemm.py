@@ -2,13 +2,13 @@
 
 The rows are the routes sorted by expert, every expert padded to BLOCK_M (`kernels.route`), or, for very few routes and
 without a sort, each route in a block of its own (DIRECT). Both GEMMs share one mainloop; where an operand comes from is
-a constexpr: the weights through a TMA descriptor or pointers of any strides, the rows gathered by pointers (up), through
-a TMA descriptor or by pointers from the sorted workspace (down). SWAP_AB multiplies weights @ rows^T instead of
+a constexpr: the weights through a TMA descriptor or pointers of any strides, the rows gathered by pointers (up),
+through a TMA descriptor or by pointers from the sorted workspace (down). SWAP_AB multiplies weights @ rows^T instead of
 rows @ weights^T: the tensor cores' tall operand is then the weights, and a block of 16 rows wastes nothing.
 
-PDL (programmatic dependent launch): a kernel may start while its predecessor finishes. It waits before it reads what the
-predecessor wrote, and lets its successor start after its mainloop; earlier, the successor's programs would take shared
-memory from this kernel's last ones.
+PDL (programmatic dependent launch): a kernel may start while its predecessor finishes. It waits before it reads what
+the predecessor wrote, and lets its successor start after its mainloop; earlier, the successor's programs would take
+shared memory from this kernel's last ones.
 
 Boxes of the weight descriptors, so that rows past an expert's last are zero and never the next expert's:
 
@@ -28,7 +28,7 @@ from moe_ops.kernels.route import local_experts
 
 @triton.jit
 def _multiple(n, UNIT: tl.constexpr):
-    """n, a multiple of UNIT, in a form from which the compiler sees that it is: it knows by itself of multiples of 16."""
+    """n, a multiple of UNIT, in a form from which the compiler sees it: by itself it knows of multiples of 16 only."""
     return n // UNIT * UNIT
 
 

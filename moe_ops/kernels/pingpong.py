@@ -20,8 +20,8 @@ phases complete in order, and a wait for phase p sees its parity, p & 1, only: i
                (and all announced bytes)       TMA: these bytes are here
     empty[s]   1                               the consumer of index i, when the    _load and _gather before index i,
                                                wgmma that read it are over          for pass i // STAGES - 1
-    turn[c]    1                               consumer 1 - c, when all wgmma of    consumer c before its tile of step t,
-                                               its tile are issued                  for phase t // 2 - 1 + c
+    turn[c]    1                               consumer 1 - c, when all wgmma       consumer c before its tile of step
+                                               of its tile are issued               t, for phase t // 2 - 1 + c
 
 A wait for phase -1 returns at once: so the first fill of a stage and the first turn of consumer 0 begin. The turns keep
 the waits for `full` in the order of the indices. Without them a consumer would wait for a pass that is two ahead, take
@@ -58,7 +58,7 @@ _PRODUCER_REGISTERS = gl.constexpr(56)
 def _tile(step, num_m, NUM_N: gl.constexpr, GROUP_M: gl.constexpr):
     """The tile of this program's step: (number, row block, column block), row blocks fastest within GROUP_M of them.
 
-    Neighbouring programs run neighbouring row blocks of one weight tile in step, so that L2 serves each weight line once
+    Neighbouring programs run neighbouring row blocks of one weight tile in step, so that L2 serves a weight line once
     for all of them. An order that breaks the step costs more in L2 and DRAM traffic than it can save.
     """
     number = step * gl.num_programs(0) + gl.program_id(0)
@@ -169,7 +169,7 @@ def _consume(CONSUMER: gl.constexpr, ring, turn, out_smem, out_desc, epilogue, n
              K: gl.constexpr, NUM_N: gl.constexpr, GROUP_M: gl.constexpr, GATED: gl.constexpr,
              INTERLEAVED: gl.constexpr, N_MAJOR: gl.constexpr, ACTIVATION: gl.constexpr, HAS_LIMIT: gl.constexpr,
              FENCE: gl.constexpr):  # fmt: skip
-    """Every second tile of the program, from step CONSUMER on: the K steps in its turn, then the epilogue out of turn."""
+    """Every second tile of the program, from step CONSUMER on: the K steps in turn, then the epilogue out of turn."""
     rows_smem, weights_smem, full, empty = ring
     STAGES: gl.constexpr = rows_smem.shape[0]
     BLOCK_M: gl.constexpr = rows_smem.shape[1]
@@ -204,8 +204,8 @@ def _consume(CONSUMER: gl.constexpr, ring, turn, out_smem, out_desc, epilogue, n
         mbarrier.arrive(turn.index(1 - CONSUMER), count=1)
         acc = warpgroup_mma_wait(0, deps=(acc,))
         mbarrier.arrive(empty.index((first + K_STEPS + STAGES - 1) % STAGES), count=1)
-        _store_tile(acc, out_smem.index(CONSUMER), out_desc, epilogue, block_m, block_n * BLOCK_N, N, GATED, INTERLEAVED,
-                    ACTIVATION, HAS_LIMIT)  # fmt: skip
+        _store_tile(acc, out_smem.index(CONSUMER), out_desc, epilogue, block_m, block_n * BLOCK_N, N, GATED,
+                    INTERLEAVED, ACTIVATION, HAS_LIMIT)  # fmt: skip
         step += 2
         number, block_m, block_n = _tile(step, num_m, NUM_N, GROUP_M)
     tma.store_wait(0)
@@ -276,9 +276,9 @@ def pingpong_kernel(
 ):  # fmt: skip
     """out[p, :N] = act(rows[p, :K] @ w[e]^T (* router weight) + bias[e]) for the sorted rows p.
 
-    The rows are gathered from x (up GEMM), or come from `rows_desc` (down GEMM; x_ptr None). A tile makes BLOCK_N columns
-    of out, from twice as many rows of w where GATED. N and K are constexpr: a model has one of each, and the ring's
-    arithmetic and the masks of the tails fold away. The boxes of the descriptors are those of `backends.pingpong`.
+    The rows are gathered from x (up GEMM), or come by `rows_desc` (down GEMM; x_ptr None). A tile makes BLOCK_N columns
+    of out, from twice as many rows of w where GATED. N and K are constexpr: a model has one of each, and the order of
+    the tiles and the masks of the tails fold away. The boxes of the descriptors are those of `backends.pingpong`.
     """
     COLUMNS: gl.constexpr = 2 * BLOCK_N if GATED else BLOCK_N
     NUM_N: gl.constexpr = triton.cdiv(N, BLOCK_N)
@@ -309,5 +309,6 @@ def pingpong_kernel(
         (_consume, (1, ring, turn, out_smem, out_desc, epilogue, num_padded_ptr, N, K, NUM_N, GROUP_M, GATED,
                     INTERLEAVED, N_MAJOR, ACTIVATION, HAS_LIMIT, PROXY_FENCE and GATHER)),
         (_gather, (ring, x_ptr, stride_xm, sorted_routes_ptr, num_padded_ptr, num_routes, K, NUM_N, GROUP_M, TOP_K)),
-        (_load, (ring, rows_desc, weights_desc, tile_experts_ptr, num_padded_ptr, N, K, NUM_N, GROUP_M, HALVES, N_MAJOR)),
+        (_load, (ring, rows_desc, weights_desc, tile_experts_ptr, num_padded_ptr, N, K, NUM_N, GROUP_M, HALVES,
+                 N_MAJOR)),
     ], [4, _GATHER_WARPS, 1], [_CONSUMER_REGISTERS, _PRODUCER_REGISTERS, _PRODUCER_REGISTERS])  # fmt: skip

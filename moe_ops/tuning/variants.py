@@ -12,8 +12,10 @@ _COPY_ELEMENTS = 8
 # As `Plan.variant`.
 VARIANTS = ("direct", "sorted", "pingpong")
 
-# Rows an expert can expect from which the ping-pong kernel is ahead of tiles with swapped operands.
+# Rows an expert can expect above which the ping-pong kernel is ahead; later where the down GEMM's reduction is short
+# and its ring is refilled for every tile. Measured on an H200, see docs/kernels.md.
 _PINGPONG_ROWS = 64
+_PINGPONG_ROWS_SHORT, _SHORT_REDUCTION = 128, 512
 
 
 def expected_rows(problem: Problem) -> float:
@@ -31,7 +33,9 @@ def choose_variant(problem: Problem, device: Device, path: str, *, batch_invaria
         return "sorted"
     if problem.num_tokens == 1:
         return "direct"
-    if expected_rows(problem) > _PINGPONG_ROWS and variant_obstacle("pingpong", problem, device, path) is None:
+    short = problem.intermediate_size <= _SHORT_REDUCTION
+    least = _PINGPONG_ROWS_SHORT if short else _PINGPONG_ROWS
+    if expected_rows(problem) > least and variant_obstacle("pingpong", problem, device, path) is None:
         return "pingpong"
     return "sorted"
 

@@ -33,13 +33,23 @@ DEVICES = {
 
 @dataclass(frozen=True)
 class Compiled:
-    """One compiled kernel."""
+    """One compiled kernel.
+
+    Attributes:
+        name: of the kernel.
+        ptx: its code.
+        shared_memory: bytes.
+        spills: bytes stored to and loaded from local memory for want of registers.
+        registers: of a thread when the kernel starts.
+        serialized: the assembler made every wgmma wait for the one before, which costs most of their speed.
+    """
 
     name: str
     ptx: str
     shared_memory: int
     spills: int
     registers: int
+    serialized: bool
 
     def count(self, instruction: str) -> int:
         """How often an instruction stands in the PTX."""
@@ -91,9 +101,9 @@ def compiling(arch: int) -> Iterator[list]:
 
 
 def _forget_kernels() -> None:
-    from moe_ops.kernels import combine, grouped_gemm, route
+    from moe_ops.kernels import combine, grouped_gemm, pingpong, route
 
-    for module in (combine, grouped_gemm, route):
+    for module in (combine, grouped_gemm, pingpong, route):
         for value in vars(module).values():
             if isinstance(value, JITFunction):
                 value.device_caches.clear()
@@ -108,10 +118,11 @@ def compile_call(args: Arguments, arch: int) -> dict[str, Compiled]:
     out = args.hidden_states.new_empty(problem.out_shape, dtype=problem.out_dtype)
     with compiling(arch) as launches:
         {"tma": tma, "classic": classic}[plan.path].run(args, problem, plan, out)
-    return {fn.__name__: _report(fn.__name__, kernel, arch) for fn, kernel in launches}
+    return {fn.__name__: report(fn.__name__, kernel) for fn, kernel in launches}
 
 
-def _report(name: str, kernel, arch: int) -> Compiled:
+def report(name: str, kernel) -> Compiled:
+    """What there is to know about a kernel from its code and from the assembler."""
     ptx = kernel.asm["ptx"]
     target = re.search(r"\.target (\S+?)[,\s]", ptx).group(1)
     with tempfile.TemporaryDirectory() as folder:
@@ -121,7 +132,7 @@ def _report(name: str, kernel, arch: int) -> Compiled:
         log = _assemble(path, target)
     spills = sum(int(n) for n in re.findall(r"(\d+) bytes spill", log))
     registers = max((int(n) for n in re.findall(r"Used (\d+) registers", log)), default=0)
-    return Compiled(name, ptx, kernel.metadata.shared, spills, registers)
+    return Compiled(name, ptx, kernel.metadata.shared, spills, registers, "instructions are serialized" in log)
 
 
 def _assemble(path: str, target: str) -> str:

@@ -1,4 +1,4 @@
-"""Ahead of time, without a GPU: the kernels a call launches compile for every architecture, to the instructions meant."""
+"""Ahead of time, without a GPU: the kernels a call launches compile for every architecture, to what is meant."""
 
 import pytest
 import torch

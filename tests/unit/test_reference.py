@@ -35,7 +35,7 @@ def test_definition_spelt_out():
     ],
 )
 def test_activation(activation, options, expected):
-    """With w2 = 1 and one route of weight 1 the op is the activation itself, over values on both sides of the clamps."""
+    """With w2 one-hot and one route of weight 1 the op is the activation itself, on both sides of the clamps."""
     values = torch.linspace(-9, 9, 32)
     gated = not activation.endswith("_no_gate")
     gate, up = values[:, None], values.flip(0)[:, None] * 0.9

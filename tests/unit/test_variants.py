@@ -1,0 +1,41 @@
+"""Which kernel variant runs a call, and why one cannot."""
+
+import pytest
+
+from moe_ops.dispatch import Override, make_plan, override
+from tests.unit.test_dispatch import A100, B200, H200, INTERPRETER, problem
+
+
+def variants(tokens, device=H200, **options):
+    return [make_plan(problem(m=m, e=8, top_k=1, **options), device).variant for m in tokens]
+
+
+def test_variants_follow_the_rows_of_an_expert():
+    assert variants((1, 64, 512, 1024, 1 << 16), i=1024) == ["direct", "sorted", "sorted", "pingpong", "pingpong"]
+    # A short reduction of the down GEMM: later.
+    assert variants((1024, 1032), i=256) == ["sorted", "pingpong"]
+
+
+def test_pingpong_is_for_hopper_and_tma():
+    assert variants((1 << 16,), B200) == variants((1 << 16,), A100) == ["sorted"]
+    assert variants((1 << 16,), path="classic") == ["sorted"]
+    assert variants((1 << 16,), h=1004) == ["sorted"]
+
+
+def test_batch_invariance_asks_for_one_variant(monkeypatch):
+    monkeypatch.setenv("MOE_OPS_BATCH_INVARIANT", "1")
+    assert set(variants((1, 64, 1 << 16), i=1024)) == {"sorted"}
+
+
+@pytest.mark.parametrize(
+    "device,options,words",
+    [
+        (B200, {}, "compute capability 10.0"),
+        (A100, {"path": "classic"}, "TMA path"),
+        (INTERPRETER, {"path": "tma"}, "no interpreter"),
+    ],
+    ids=["B200", "classic", "interpreter"],
+)
+def test_a_variant_that_cannot_run_says_why(device, options, words):
+    with override(Override(variant="pingpong")), pytest.raises(ValueError, match=words):
+        make_plan(problem(m=4096, **options), device)
