@@ -97,7 +97,7 @@ def _up(args, problem: Problem, plan: Plan, operands: Operands, rows_from: RowSo
     bias, stride_be = _bias(args.w1_bias)
     launch(
         up_kernel, plan.max_tiles * triton.cdiv(problem.intermediate_size, config.block_n),
-        args.hidden_states, operands.w1_desc, None if operands.w1_desc is not None else w1, bias,
+        args.hidden_states, operands.w1_desc, w1, bias,
         router_weights if problem.router_weight_on_input else None, act, *rows_from[:5],
         problem.num_routes, problem.num_ids, problem.num_experts, problem.top_k,
         problem.hidden_size, problem.intermediate_size, problem.alpha or 0.0, problem.limit or 0.0,
@@ -114,7 +114,7 @@ def _down(args, problem: Problem, plan: Plan, operands: Operands, rows_from: Row
     bias, stride_be = _bias(args.w2_bias)
     launch(
         down_kernel, plan.max_tiles * triton.cdiv(problem.hidden_size, config.block_n),
-        operands.act_desc, act, operands.w2_desc, None if operands.w2_desc is not None else w2, bias,
+        operands.act_desc, act, operands.w2_desc, w2, bias,
         rows, *rows_from[:5],
         problem.num_routes, problem.num_ids, problem.num_experts, problem.hidden_size, problem.intermediate_size,
         act.stride(0), *w2.stride(), stride_be, rows.stride(0),

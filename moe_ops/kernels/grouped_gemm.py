@@ -8,7 +8,8 @@ rows @ weights^T: the tensor cores' tall operand is then the weights, and a bloc
 
 PDL (programmatic dependent launch): a kernel may start while its predecessor finishes. It waits before it reads what
 the predecessor wrote, and lets its successor start after its mainloop; earlier, the successor's programs would take
-shared memory from this kernel's last ones.
+shared memory from this kernel's last ones. Without a sort a kernel knows its experts from the start, and all programs
+of a launch fit at once: there the successor starts at once and fetches its weights into L2 while it waits.
 
 Boxes of the weight descriptors, so that rows past an expert's last are zero and never the next expert's:
 
@@ -22,7 +23,7 @@ import triton
 import triton.language as tl
 
 from moe_ops.kernels.activation import activate_gated, nonlinearity
-from moe_ops.kernels.compat import gdc_launch_dependents, gdc_wait
+from moe_ops.kernels.compat import gdc_launch_dependents, gdc_wait, prefetch_l2
 from moe_ops.kernels.route import local_experts
 
 
@@ -97,6 +98,16 @@ def _weight_tile(w_desc, expert, n, k, BLOCK_N: tl.constexpr, BLOCK_K: tl.conste
 
 
 @triton.jit
+def _prefetch_weights(w_ptr, expert, n, N, K, stride_we, stride_wn, BLOCK_N: tl.constexpr):
+    """Fetches BLOCK_N rows of a K-major 16-bit weight into L2, a line of 64 elements at a time."""
+    rows = n + tl.arange(0, BLOCK_N)
+    lines = 64 * tl.arange(0, 8)
+    base = w_ptr + expert.to(tl.int64) * stride_we + tl.minimum(rows, N - 1).to(tl.int64)[:, None] * stride_wn
+    for k in range(0, K, 512):
+        prefetch_l2(base + tl.minimum(k + lines, K - 1)[None, :])
+
+
+@triton.jit
 def _accumulate(a_desc, a_ptrs, a_row, row_mask, stride_ak, w_desc, w_ptr, expert, n, N, K,
                 stride_we, stride_wn, stride_wk, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
                 BLOCK_K: tl.constexpr, HALVES: tl.constexpr, N_MAJOR: tl.constexpr, COLUMNS: tl.constexpr,
@@ -155,7 +166,7 @@ def up_kernel(
     COLUMNS: tl.constexpr = 2 * BLOCK_N if GATED else BLOCK_N
     H, I, stride_xm = _multiple(H, H_UNIT), _multiple(I, I_UNIT), _multiple(stride_xm, X_UNIT)
     stride_we, stride_wn, stride_wk = _weight_strides(stride_we, stride_wn, stride_wk, N_MAJOR, W_UNIT)
-    if PDL:
+    if PDL and not DIRECT:
         gdc_wait()
     num_m = num_routes if DIRECT else tl.load(num_padded_ptr) // BLOCK_M
     num_n = tl.cdiv(I, BLOCK_N)
@@ -166,6 +177,9 @@ def up_kernel(
                                                    num_routes, num_ids, num_experts, BLOCK_M, DIRECT)  # fmt: skip
     if expert >= num_experts:
         return
+    if PDL and DIRECT:
+        gdc_launch_dependents()
+        gdc_wait()
     x_ptrs = x_ptr + (routes // top_k).to(tl.int64)[:, None] * stride_xm
 
     # First row of the tile in w1, and how many rows there are to stop at.
@@ -174,7 +188,7 @@ def up_kernel(
     acc = _accumulate(None, x_ptrs, 0, row_mask, stride_xk, w_desc, w_ptr, expert, n, N, H,
                       stride_we, stride_wn, stride_wk, BLOCK_M, BLOCK_N, BLOCK_K, HALVES, N_MAJOR, COLUMNS,
                       EVEN_K, PRECISION, SWAP_AB)  # fmt: skip
-    if PDL:
+    if PDL and not DIRECT:
         gdc_launch_dependents()
 
     if router_weights_ptr is not None:
@@ -210,7 +224,7 @@ def down_kernel(
     """rows[p] = act[p] @ w2[e]^T + b2[e] for the sorted rows p. Padding rows are computed with, and never stored."""
     H, I = _multiple(H, H_UNIT), _multiple(I, I_UNIT)
     stride_we, stride_wn, stride_wk = _weight_strides(stride_we, stride_wn, stride_wk, N_MAJOR, W_UNIT)
-    if PDL:
+    if PDL and not DIRECT:
         gdc_wait()
     num_m = num_routes if DIRECT else tl.load(num_padded_ptr) // BLOCK_M
     num_n = tl.cdiv(H, BLOCK_N)
@@ -221,12 +235,17 @@ def down_kernel(
                                                       num_routes, num_ids, num_experts, BLOCK_M, DIRECT)  # fmt: skip
     if expert >= num_experts:
         return
-    a_ptrs = act_ptr + rows.to(tl.int64)[:, None] * stride_am
     n = pid_n * BLOCK_N
+    if PDL and DIRECT:
+        gdc_launch_dependents()
+        if not N_MAJOR:
+            _prefetch_weights(w_ptr, expert, n, H, I, stride_we, stride_wn, BLOCK_N)
+        gdc_wait()
+    a_ptrs = act_ptr + rows.to(tl.int64)[:, None] * stride_am
     acc = _accumulate(act_desc, a_ptrs, first_row, row_mask, 1, w_desc, w_ptr, expert, n, H, I,
                       stride_we, stride_wn, stride_wk, BLOCK_M, BLOCK_N, BLOCK_K, False, N_MAJOR, BLOCK_N,
                       EVEN_K, PRECISION, SWAP_AB)  # fmt: skip
-    if PDL:
+    if PDL and not DIRECT:
         gdc_launch_dependents()
     columns = n + tl.arange(0, BLOCK_N)
     if bias_ptr is not None:
