@@ -3,7 +3,7 @@
 import contextlib
 import contextvars
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from moe_ops import env
 from moe_ops.devices import Device
@@ -32,6 +32,7 @@ class Plan:
         max_tiles: upper bound of the row blocks, from shapes alone.
         num_sms: the device's multiprocessors, for persistent kernels.
         workspace_bytes: device memory taken beside the result.
+        kernels: what was compiled for it, filled by the backends as they launch; no part of the plan's value.
     """
 
     path: str
@@ -43,6 +44,7 @@ class Plan:
     max_tiles: int = 0
     num_sms: int = 1
     workspace_bytes: int = 0
+    kernels: dict = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def block_m(self) -> int:

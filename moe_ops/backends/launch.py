@@ -1,17 +1,47 @@
 """The one place kernels are launched from."""
 
 import contextlib
+from collections.abc import Callable, Hashable
 
 import torch
 from torch import Tensor
 
 
-def launch(kernel, grid: int, *args, **options) -> None:
-    """Launches a Triton kernel on a one-dimensional grid (the other dimensions end at 65535).
+class Launcher:
+    """Launches the kernels of one plan, and keeps what Triton compiled for it.
 
-    FP fusion is asked for by name: Triton 3.10 turns it off by default.
+    To launch, Triton asks of every argument what it is specialised on (dtype, alignment, divisibility by 16, 1, None);
+    for dozens of arguments that is most of a launch's cost. A plan fixes all of it: sizes, strides, dtypes and
+    alignments of the inputs are what it was made from, and workspaces always have the allocator's alignment. What a
+    plan does not fix has to be in the launch's name.
+
+    Args:
+        kept: compiled kernels by name, from earlier launches of the same plan; filled here. None keeps nothing.
     """
-    kernel[(grid,)](*args, enable_fp_fusion=True, **options)
+
+    def __init__(self, kept: dict | None) -> None:
+        self._kept = kept
+
+    def __call__(self, name: Hashable, kernel, grid: int, args: tuple, options: Callable[[], dict]) -> None:
+        """Launches on a one-dimensional grid (the other dimensions end at 65535).
+
+        Args:
+            name: of the launch, with whatever its specialisation depends on beside the plan.
+            kernel: a Triton or Gluon kernel.
+            grid: number of programs.
+            args: all arguments that are not constexpr, in order.
+            options: gives constexprs and launch options; called when the kernel is not kept.
+        """
+        kept = None if self._kept is None else self._kept.get(name)
+        if kept is not None:
+            compiled, constexprs = kept
+            compiled[(grid, 1, 1)](*args, *constexprs)
+            return
+        values = options()
+        # FP fusion by name: Triton 3.10 turns it off by default.
+        compiled = kernel[(grid,)](*args, enable_fp_fusion=True, **values)
+        if self._kept is not None and compiled is not None:  # the interpreter compiles nothing
+            self._kept[name] = compiled, tuple(values[constexpr] for constexpr in kernel.arg_names[len(args) :])
 
 
 def on_device(tensor: Tensor) -> contextlib.AbstractContextManager:

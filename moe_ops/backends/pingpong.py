@@ -9,7 +9,7 @@ from torch import Tensor
 from triton.experimental.gluon.language import NVMMASharedLayout
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from moe_ops.backends.launch import launch
+from moe_ops.backends.launch import Launcher
 from moe_ops.dispatch import Plan
 from moe_ops.kernels.pingpong import pingpong_kernel
 from moe_ops.problem import Arguments, Problem
@@ -37,7 +37,7 @@ def up(args: Arguments, problem: Problem, plan: Plan, routing: Routing, router_w
     activation = problem.activation
     _launch(
         _copyable(args.hidden_states), None, args.w1, args.w1_bias,
-        router_weights if problem.router_weight_on_input else None, act, routing, problem, plan.up, plan.num_sms,
+        router_weights if problem.router_weight_on_input else None, act, routing, problem, plan, "up",
         K=problem.hidden_size, ACTIVATION=activation.name, GATED=activation.gated,
         INTERLEAVED=activation.gated and problem.gate_up_layout == "interleaved",
         HAS_LIMIT=problem.limit is not None,
@@ -56,29 +56,34 @@ def down(args: Arguments, problem: Problem, plan: Plan, routing: Routing, act: T
         rows: [max_rows, H], rows 16 bytes aligned; written, padding rows included.
     """
     _launch(
-        None, act, args.w2, args.w2_bias, None, rows, routing, problem, plan.down, plan.num_sms,
+        None, act, args.w2, args.w2_bias, None, rows, routing, problem, plan, "down",
         K=problem.intermediate_size, ACTIVATION=None, GATED=False, INTERLEAVED=False, HAS_LIMIT=False,
     )  # fmt: skip
 
 
 def _launch(x: Tensor | None, act: Tensor | None, weight: Tensor, bias: Tensor | None, router_weights: Tensor | None,
-            out: Tensor, routing: Routing, problem: Problem, config, num_sms: int, *, GATED: bool, INTERLEAVED: bool,
+            out: Tensor, routing: Routing, problem: Problem, plan: Plan, name: str, *, GATED: bool, INTERLEAVED: bool,
             **constexprs) -> None:  # fmt: skip
+    config = plan.up if name == "up" else plan.down
     columns = config.block_n * 2 if GATED else config.block_n
     box = columns // 2 if GATED and not INTERLEAVED else columns
     if bias is not None and bias.stride(1) != 1:
         bias = bias.contiguous()
-    launch(
-        pingpong_kernel, min(num_sms, routing.tile_experts.numel() * triton.cdiv(out.shape[1], config.block_n)),
-        x, None if act is None else _descriptor(act, [config.block_m, config.block_k]),
-        _weight_descriptor(weight, box, config.block_k), bias, router_weights,
-        _descriptor(out, [config.block_m, _BOX]),
-        routing.sorted_routes, routing.tile_experts, routing.num_padded, problem.num_routes,
-        0 if x is None else x.stride(0), 0 if bias is None else bias.stride(0),
-        problem.alpha or 0.0, problem.limit or 0.0,
-        N=out.shape[1], TOP_K=problem.top_k, GATED=GATED, INTERLEAVED=INTERLEAVED, **constexprs,
-        N_MAJOR=weight.stride(2) != 1, PROXY_FENCE=PROXY_FENCE, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
-        BLOCK_K=config.block_k, GROUP_M=config.group_m, STAGES=config.num_stages, num_warps=4,
+    Launcher(plan.kernels)(
+        name, pingpong_kernel,
+        min(plan.num_sms, routing.tile_experts.numel() * triton.cdiv(out.shape[1], config.block_n)),
+        (x, None if act is None else _descriptor(act, [config.block_m, config.block_k]),
+         _weight_descriptor(weight, box, config.block_k), bias, router_weights,
+         _descriptor(out, [config.block_m, _BOX]),
+         routing.sorted_routes, routing.tile_experts, routing.num_padded, problem.num_routes,
+         0 if x is None else x.stride(0), 0 if bias is None else bias.stride(0),
+         problem.alpha or 0.0, problem.limit or 0.0),
+        lambda: {
+            "N": out.shape[1], "TOP_K": problem.top_k, "GATED": GATED, "INTERLEAVED": INTERLEAVED, **constexprs,
+            "N_MAJOR": weight.stride(2) != 1, "PROXY_FENCE": PROXY_FENCE, "BLOCK_M": config.block_m,
+            "BLOCK_N": config.block_n, "BLOCK_K": config.block_k, "GROUP_M": config.group_m,
+            "STAGES": config.num_stages, "num_warps": config.num_warps,
+        },
     )  # fmt: skip
 
 

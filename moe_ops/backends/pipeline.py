@@ -7,7 +7,7 @@ import torch
 import triton
 from torch import Tensor
 
-from moe_ops.backends.launch import launch, on_device
+from moe_ops.backends.launch import Launcher, on_device
 from moe_ops.backends.routing import sort_routes
 from moe_ops.dispatch import Plan, row_stride
 from moe_ops.kernels.combine import combine_kernel
@@ -75,7 +75,7 @@ def _row_source(args: Arguments, problem: Problem, plan: Plan) -> RowSource:
     if plan.variant == "direct":
         return RowSource(args.topk_ids.contiguous(), args.expert_map, None, None, None, None)
     routing = sort_routes(
-        args.topk_ids, problem.num_experts, plan.block_m, args.expert_map, dependent_launch=plan.dependent_launch
+        args.topk_ids, problem.num_experts, plan.block_m, args.expert_map, Launcher(plan.kernels), plan.dependent_launch
     )
     return RowSource(None, None, *routing)
 
@@ -95,31 +95,35 @@ def _bias(bias: Tensor | None) -> tuple[Tensor | None, int]:
 def _up(args, problem: Problem, plan: Plan, operands: Operands, rows_from: RowSource, router_weights, act) -> None:
     config, activation, w1 = plan.up, problem.activation, args.w1
     bias, stride_be = _bias(args.w1_bias)
-    launch(
-        up_kernel, plan.max_tiles * triton.cdiv(problem.intermediate_size, config.block_n),
-        args.hidden_states, operands.w1_desc, w1, bias,
-        router_weights if problem.router_weight_on_input else None, act, *rows_from[:5],
-        problem.num_routes, problem.num_ids, problem.num_experts, problem.top_k,
-        problem.hidden_size, problem.intermediate_size, problem.alpha or 0.0, problem.limit or 0.0,
-        *args.hidden_states.stride(), *w1.stride(), stride_be, act.stride(0),
-        ACTIVATION=activation.name, GATED=activation.gated,
-        INTERLEAVED=problem.gate_up_layout == "interleaved", HAS_LIMIT=problem.limit is not None,
-        X_UNIT=_unit(args.hidden_states.stride(0)), **_weight(w1), **_sizes(problem),
-        **_tile(config, problem.hidden_size, w1.dtype), **_variant(plan), **dependent(plan, plan.variant != "direct"),
+    Launcher(plan.kernels)(
+        "up", up_kernel, plan.max_tiles * triton.cdiv(problem.intermediate_size, config.block_n),
+        (args.hidden_states, operands.w1_desc, None if operands.w1_desc is not None else w1, bias,
+         router_weights if problem.router_weight_on_input else None, act, *rows_from[:5],
+         problem.num_routes, problem.num_ids, problem.num_experts, problem.top_k,
+         problem.hidden_size, problem.intermediate_size, problem.alpha or 0.0, problem.limit or 0.0,
+         *args.hidden_states.stride(), *problem.w1_strides, stride_be, act.stride(0)),
+        lambda: {
+            "ACTIVATION": activation.name, "GATED": activation.gated,
+            "INTERLEAVED": problem.gate_up_layout == "interleaved", "HAS_LIMIT": problem.limit is not None,
+            "X_UNIT": _unit(args.hidden_states.stride(0)), **_weight(w1), **_sizes(problem),
+            **_tile(plan, config, problem.hidden_size, w1.dtype), **dependent(plan, plan.variant != "direct"),
+        },
     )  # fmt: skip
 
 
 def _down(args, problem: Problem, plan: Plan, operands: Operands, rows_from: RowSource, act: Tensor, rows) -> None:
     config, w2 = plan.down, args.w2
     bias, stride_be = _bias(args.w2_bias)
-    launch(
-        down_kernel, plan.max_tiles * triton.cdiv(problem.hidden_size, config.block_n),
-        operands.act_desc, act, operands.w2_desc, w2, bias,
-        rows, *rows_from[:5],
-        problem.num_routes, problem.num_ids, problem.num_experts, problem.hidden_size, problem.intermediate_size,
-        act.stride(0), *w2.stride(), stride_be, rows.stride(0),
-        **_weight(w2), **_sizes(problem), **_tile(config, problem.intermediate_size, w2.dtype), **_variant(plan),
-        **dependent(plan),
+    Launcher(plan.kernels)(
+        "down", down_kernel, plan.max_tiles * triton.cdiv(problem.hidden_size, config.block_n),
+        (operands.act_desc, act, operands.w2_desc, None if operands.w2_desc is not None else w2, bias, rows,
+         *rows_from[:5], problem.num_routes, problem.num_ids, problem.num_experts,
+         problem.hidden_size, problem.intermediate_size,
+         act.stride(0), *problem.w2_strides, stride_be, rows.stride(0)),
+        lambda: {
+            **_weight(w2), **_sizes(problem), **_tile(plan, config, problem.intermediate_size, w2.dtype),
+            **dependent(plan),
+        },
     )  # fmt: skip
 
 
@@ -127,10 +131,6 @@ def dependent(plan: Plan, follows: bool = True) -> dict[str, bool]:
     """Options of programmatic dependent launch; the first kernel of a call follows nobody and waits for everything."""
     options = {"PDL": plan.dependent_launch}
     return options | {"launch_pdl": True} if plan.dependent_launch and follows else options
-
-
-def _variant(plan: Plan) -> dict[str, bool]:
-    return {"DIRECT": plan.variant == "direct"}
 
 
 def _unit(*sizes: int) -> int:
@@ -147,7 +147,7 @@ def _weight(weight: Tensor) -> dict[str, object]:
     return {"N_MAJOR": n_major, "W_UNIT": _unit(weight.stride(0), weight.stride(2 if n_major else 1))}
 
 
-def _tile(config, reduction: int, dtype: torch.dtype) -> dict[str, object]:
+def _tile(plan: Plan, config, reduction: int, dtype: torch.dtype) -> dict[str, object]:
     return {
         "EVEN_K": reduction % config.block_k == 0,
         "PRECISION": "ieee" if dtype == torch.float32 else None,
@@ -156,6 +156,7 @@ def _tile(config, reduction: int, dtype: torch.dtype) -> dict[str, object]:
         "BLOCK_K": config.block_k,
         "GROUP_M": config.group_m,
         "SWAP_AB": config.swap_ab,
+        "DIRECT": plan.variant == "direct",
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
     }
@@ -165,11 +166,15 @@ def _combine(problem: Problem, plan: Plan, rows: Tensor, rows_from: RowSource, r
     """out[m] = factor * sum_k weight[m, k] * rows[inverse[m, k]]; the summands with `reduce_topk=False`."""
     block_h = min(_COMBINE_COLUMNS, triton.next_power_of_2(problem.hidden_size))
     stride_om, stride_ok, stride_oh = (out.stride(0), 0, out.stride(1)) if problem.reduce_topk else out.stride()
-    launch(
-        combine_kernel, problem.num_tokens * triton.cdiv(problem.hidden_size, block_h),
-        rows, rows_from.inverse, rows_from.ids, rows_from.expert_map, router_weights, out,
-        problem.routed_scaling_factor, problem.top_k, problem.num_ids, problem.num_experts, problem.hidden_size,
-        rows.stride(0), stride_om, stride_ok, stride_oh,
-        UNROLL=min(_COMBINE_UNROLL, triton.next_power_of_2(problem.top_k)),
-        REDUCE=problem.reduce_topk, BLOCK_H=block_h, num_warps=4, **dependent(plan),
+    # The caller's own buffer (`fused_moe_tma_`) is not among what the plan was made from.
+    name = ("combine", out.stride(), out.data_ptr() % 16)
+    Launcher(plan.kernels)(
+        name, combine_kernel, problem.num_tokens * triton.cdiv(problem.hidden_size, block_h),
+        (rows, rows_from.inverse, rows_from.ids, rows_from.expert_map, router_weights, out,
+         problem.routed_scaling_factor, problem.top_k, problem.num_ids, problem.num_experts, problem.hidden_size,
+         rows.stride(0), stride_om, stride_ok, stride_oh),
+        lambda: {
+            "UNROLL": min(_COMBINE_UNROLL, triton.next_power_of_2(problem.top_k)), "REDUCE": problem.reduce_topk,
+            "BLOCK_H": block_h, "num_warps": 4, **dependent(plan),
+        },
     )  # fmt: skip

@@ -4,7 +4,7 @@ import torch
 import triton
 from torch import Tensor
 
-from moe_ops.backends.launch import launch, on_device
+from moe_ops.backends.launch import Launcher, on_device
 from moe_ops.kernels import route as kernels
 from moe_ops.routing import Routing, empty_routing
 
@@ -16,12 +16,18 @@ _SCAN_STEP = 1024
 
 
 def sort_routes(
-    topk_ids: Tensor, num_experts: int, block: int, expert_map: Tensor | None = None, *, dependent_launch: bool = False
+    topk_ids: Tensor,
+    num_experts: int,
+    block: int,
+    expert_map: Tensor | None = None,
+    launch: Launcher | None = None,
+    dependent_launch: bool = False,
 ) -> Routing:
     """Sorts the routes of `topk_ids` [M, top_k] by expert on the tensor's device, without a host sync.
 
     With `dependent_launch` the caller's next kernel may start early: it has to wait before it reads the result.
     """
+    launch = launch or Launcher(None)
     routing = empty_routing(topk_ids, num_experts, block)
     num_routes, max_tiles = routing.inverse.numel(), routing.tile_experts.numel()
     if num_routes == 0:
@@ -34,39 +40,36 @@ def sort_routes(
         "BINS": triton.next_power_of_2(num_experts + 1),
         "BLOCK": block,
         "BLOCK_POW2": triton.next_power_of_2(block),
+        "TILES": _TILES,
     }
-    following = {"PDL": dependent_launch} | ({"launch_pdl": True} if dependent_launch else {})
-    outputs = (routing.sorted_routes, routing.tile_experts, routing.num_padded, routing.inverse)
+    common = {"num_warps": 4, "PDL": dependent_launch}
+    following = common | ({"launch_pdl": True} if dependent_launch else {})
     with on_device(ids):
         if num_routes <= _SMALL_ROUTES:
-            programs = max(triton.cdiv(num_routes, _SMALL_CHUNK), triton.cdiv(max_tiles, _TILES))
             launch(
-                kernels.route_small_kernel, programs, ids, expert_map, *outputs, num_routes, max_tiles, num_ids,
-                **sizes, ROUTES=max(32, triton.next_power_of_2(num_routes)), CHUNK=_SMALL_CHUNK, TILES=_TILES,
-                num_warps=4, PDL=dependent_launch,
+                "route", kernels.route_small_kernel,
+                max(triton.cdiv(num_routes, _SMALL_CHUNK), triton.cdiv(max_tiles, _TILES)),
+                (ids, expert_map, *routing, num_routes, max_tiles, num_ids),
+                lambda: {
+                    **sizes, "ROUTES": max(32, triton.next_power_of_2(num_routes)), "CHUNK": _SMALL_CHUNK, **common
+                },
             )  # fmt: skip
             return routing
         num_chunks = triton.cdiv(num_routes, _CHUNK)
         chunk_counts = ids.new_empty((num_experts, num_chunks), dtype=torch.int32)
         counts = ids.new_empty((num_experts,), dtype=torch.int32)
         launch(
-            kernels.count_kernel, num_chunks, ids, expert_map, chunk_counts, routing.inverse, num_routes, num_chunks,
-            num_ids, NUM_EXPERTS=num_experts, BINS=sizes["BINS"], CHUNK=_CHUNK, num_warps=4,
-            PDL=dependent_launch,
+            "count", kernels.count_kernel, num_chunks,
+            (ids, expert_map, chunk_counts, routing.inverse, num_routes, num_chunks, num_ids),
+            lambda: {"NUM_EXPERTS": num_experts, "BINS": sizes["BINS"], "CHUNK": _CHUNK, **common},
         )  # fmt: skip
         launch(
-            kernels.scan_kernel,
-            num_experts,
-            chunk_counts,
-            counts,
-            num_chunks,
-            STEP=_SCAN_STEP,
-            num_warps=4,
-            **following,
-        )
+            "scan", kernels.scan_kernel, num_experts, (chunk_counts, counts, num_chunks),
+            lambda: {"STEP": _SCAN_STEP, **following},
+        )  # fmt: skip
         launch(
-            kernels.scatter_kernel, max(num_chunks, triton.cdiv(max_tiles, _TILES)), ids, expert_map, chunk_counts,
-            counts, *outputs, num_routes, num_chunks, max_tiles, num_ids, **sizes, CHUNK=_CHUNK, TILES=_TILES,
-            num_warps=4, **following,
+            "scatter", kernels.scatter_kernel, max(num_chunks, triton.cdiv(max_tiles, _TILES)),
+            (ids, expert_map, chunk_counts, counts, *routing, num_routes, num_chunks, max_tiles, num_ids),
+            lambda: {**sizes, "CHUNK": _CHUNK, **following},
         )  # fmt: skip
     return routing

@@ -35,10 +35,3 @@ def tanh(x):
     Its error is absolute, 1e-7. It holds one value at a time: more would spill beside an accumulator of 128 registers.
     """
     return 2.0 / (1.0 + tl.exp(-2.0 * x)) - 1.0
-
-
-@triton.jit
-def prefetch_l2(pointers):
-    """Asks for the cache lines of some pointers to be brought into L2. Not for the interpreter."""
-    tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [pointers], dtype=tl.int32,
-                              is_pure=False, pack=1)  # fmt: skip

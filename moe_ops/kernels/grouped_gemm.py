@@ -8,8 +8,7 @@ rows @ weights^T: the tensor cores' tall operand is then the weights, and a bloc
 
 PDL (programmatic dependent launch): a kernel may start while its predecessor finishes. It waits before it reads what
 the predecessor wrote, and lets its successor start after its mainloop; earlier, the successor's programs would take
-shared memory from this kernel's last ones. Without a sort a kernel knows its experts from the start, and all programs
-of a launch fit at once: there the successor starts at once and fetches its weights into L2 while it waits.
+shared memory from this kernel's last ones. One token's few programs leave room: without a sort it starts at once.
 
 Boxes of the weight descriptors, so that rows past an expert's last are zero and never the next expert's:
 
@@ -23,7 +22,7 @@ import triton
 import triton.language as tl
 
 from moe_ops.kernels.activation import activate_gated, nonlinearity
-from moe_ops.kernels.compat import gdc_launch_dependents, gdc_wait, prefetch_l2
+from moe_ops.kernels.compat import gdc_launch_dependents, gdc_wait
 from moe_ops.kernels.route import local_experts
 
 
@@ -95,16 +94,6 @@ def _weight_tile(w_desc, expert, n, k, BLOCK_N: tl.constexpr, BLOCK_K: tl.conste
         else:
             box = w_desc.load([expert, n, k])
         return box.reshape(COLUMNS, BLOCK_K).T
-
-
-@triton.jit
-def _prefetch_weights(w_ptr, expert, n, N, K, stride_we, stride_wn, BLOCK_N: tl.constexpr):
-    """Fetches BLOCK_N rows of a K-major 16-bit weight into L2, a line of 64 elements at a time."""
-    rows = n + tl.arange(0, BLOCK_N)
-    lines = 64 * tl.arange(0, 8)
-    base = w_ptr + expert.to(tl.int64) * stride_we + tl.minimum(rows, N - 1).to(tl.int64)[:, None] * stride_wn
-    for k in range(0, K, 512):
-        prefetch_l2(base + tl.minimum(k + lines, K - 1)[None, :])
 
 
 @triton.jit
@@ -238,8 +227,6 @@ def down_kernel(
     n = pid_n * BLOCK_N
     if PDL and DIRECT:
         gdc_launch_dependents()
-        if not N_MAJOR:
-            _prefetch_weights(w_ptr, expert, n, H, I, stride_we, stride_wn, BLOCK_N)
         gdc_wait()
     a_ptrs = act_ptr + rows.to(tl.int64)[:, None] * stride_am
     acc = _accumulate(act_desc, a_ptrs, first_row, row_mask, 1, w_desc, w_ptr, expert, n, H, I,

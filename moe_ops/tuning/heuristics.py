@@ -38,7 +38,7 @@ def tile_configs(
     if problem.dtype.itemsize == 4:
         up, down = _fp32(rows_per_expert)
     elif path == "tma" and device.shared_memory >= _LARGE_SHARED_MEMORY:
-        up, down = _tma(rows_per_expert, problem, device)
+        up, down = _direct(problem, device) if variant == "direct" else _tma(rows_per_expert, problem)
     else:
         up, down = _classic(rows_per_expert)
     if not problem.activation.gated:
@@ -47,11 +47,24 @@ def tile_configs(
     return fit(up, device, itemsize, gated=problem.activation.gated), fit(down, device, itemsize, gated=False)
 
 
-def _tma(rows: float, problem: Problem, device: Device) -> tuple[TileConfig, TileConfig]:
+def _direct(problem: Problem, device: Device) -> tuple[TileConfig, TileConfig]:
+    """A row block per route: where there are fewer programs than multiprocessors, each needs a deep pipeline.
+
+    What is in flight has to cover the memory's latency: bytes per program times programs.
+    """
+    up_tiles = problem.num_routes * -(-problem.intermediate_size // 32)
+    down_tiles = problem.num_routes * -(-problem.hidden_size // 64)
+    if up_tiles <= device.num_sms:
+        up = TileConfig(16, 16, 256, 4, 4, 6, True)
+    elif up_tiles <= 4 * device.num_sms:
+        up = TileConfig(16, 32, 128, 4, 4, 4, True)
+    else:
+        up = TileConfig(16, 32, 256, 4, 4, 4, True)
+    return up, TileConfig(16, 64, 128, 4, 4, 6 if down_tiles <= device.num_sms else 3, True)
+
+
+def _tma(rows: float, problem: Problem) -> tuple[TileConfig, TileConfig]:
     """Swapped operands up to 48 rows: there the weights' bytes are all that counts, in many and deep loads."""
-    if rows <= 1 and problem.num_routes * -(-problem.intermediate_size // 32) <= device.num_sms:
-        # One program per multiprocessor at most: the bytes in flight must come from the depth of its pipeline.
-        return TileConfig(16, 32, 256, 4, 4, 4, True), TileConfig(16, 64, 128, 4, 4, 6, True)
     if rows < 2:
         return TileConfig(16, 32, 128, 4, 4, 4, True), _short_reduction(problem, TileConfig(16, 64, 128, 4, 4, 4, True))
     if rows <= 4:

@@ -40,10 +40,11 @@ def test_hopper_tma(dtype, num_tokens):
         assert kernel.count("cp.async.bulk.tensor") > 0
         assert kernel.spills == 0
         assert 0 < kernel.shared_memory <= 227 * KIB
-        # Swapped operands: even 16 rows are enough for wgmma.
-        assert kernel.count("wgmma.mma_async") > 0 == kernel.count("mma.sync")
+        # Swapped operands: even 16 rows are enough for wgmma; a single token's up tile has 32 rows of weights only.
+        narrow = num_tokens == 1 and name == "up_kernel"
+        assert (kernel.count("wgmma.mma_async") > 0) != narrow
+        assert (kernel.count("mma.sync") > 0) == narrow
         assert kernel.count("griddepcontrol.wait") == 1 == kernel.count("griddepcontrol.launch_dependents")
-    assert (kernels["down_kernel"].count("prefetch.global.L2") > 0) == (num_tokens == 1)
 
 
 @pytest.mark.parametrize("name", VARIANTS)
