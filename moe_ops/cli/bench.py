@@ -104,10 +104,22 @@ def _calls(shape: str, options: argparse.Namespace):
     common = {"dtype": getattr(torch, options.dtype), "device": "cuda"}
     weights = random_inputs(num_tokens=1, **sizes, **common)
     for tokens in options.tokens:
-        one = sizes | {"intermediate": 8}  # its weights are thrown away
-        args = random_inputs(num_tokens=tokens, **one, **common, seed=tokens)
+        args = _typical_routing(tokens, sizes | {"intermediate": 8}, common)  # its weights are thrown away
         args.w1, args.w2 = weights.w1, weights.w2
         yield args
+
+
+def _typical_routing(tokens: int, sizes: dict, common: dict) -> Arguments:
+    """Uniform random routing that meets as many experts as can be expected: with few tokens their bytes decide."""
+    from moe_ops.testing import random_inputs
+
+    experts, top_k = sizes["experts"], sizes["top_k"]
+    expected = round(experts * (1 - (1 - top_k / experts) ** tokens))
+    for seed in range(1000):
+        args = random_inputs(num_tokens=tokens, **sizes, **common, seed=seed)
+        if args.topk_ids.unique().numel() == expected:
+            return args
+    raise RuntimeError(f"no routing of {tokens} tokens in 1000 meets {expected} of {experts} experts")
 
 
 def _measure(shape: str, args: Arguments, variants, ceilings, options) -> dict:
@@ -127,14 +139,19 @@ def _measure(shape: str, args: Arguments, variants, ceilings, options) -> dict:
     routes = args.topk_ids.numel()
     flops = 2 * routes * (args.w1[0].numel() + args.w2[0].numel())
     touched = args.topk_ids.unique().numel() * (args.w1[0].nbytes + args.w2[0].nbytes)
-    limit = max(flops / teraflops / 1e9, (touched + 2 * args.hidden_states.nbytes) / gigabytes / 1e6)
+    limits = {
+        "flops": flops / teraflops / 1e9,
+        "bytes": (touched + 2 * args.hidden_states.nbytes) / gigabytes / 1e6,
+    }
     return {
         "shape": shape,
         "tokens": args.hidden_states.shape[0],
+        "experts_met": args.topk_ids.unique().numel(),
         "ms": {name: timings.median(name) for name in variants},
-        "samples": timings.rounds,
+        "spread_ms": {name: [min(samples), max(samples)] for name, samples in timings.rounds.items()},
         "errors": timings.errors,
         "cublas_tflops": teraflops,
         "stream_gbs": gigabytes,
-        "limit_ms": limit,
+        "limit_ms": max(limits.values()),
+        "bound": max(limits, key=limits.get),
     }

@@ -71,7 +71,7 @@ def pingpong_obstacle(problem: Problem, device: Device) -> str | None:
 def pingpong_tiles(problem: Problem) -> tuple[TileConfig, TileConfig]:
     """(up, down): 64 rows and 256 rows of weights, two consumers of 4 warps, and the stages that then fit."""
     down = TileConfig(block_m=64, block_n=256, block_k=64, group_m=16, num_warps=4, num_stages=5)
-    up = TileConfig(block_m=64, block_n=128, block_k=64, group_m=16, num_warps=4, num_stages=5)
+    up = TileConfig(block_m=64, block_n=128, block_k=64, group_m=8, num_warps=4, num_stages=5)
     return (up if problem.activation.gated else down), down
 
 
