@@ -96,7 +96,10 @@ def train(data: Tensor, device: str, seconds: float) -> Qwen3MoeForCausalLM:
     model = Qwen3MoeForCausalLM._from_config(Qwen3MoeConfig(**MODEL), experts_implementation="grouped_mm").to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.01)
     windows = data.to(device).unfold(0, CONTEXT, 1)
-    bar = tqdm(total=round(seconds, 1), bar_format="training: {percentage:3.0f}%|{bar:40}|{postfix}") if tqdm else None
+    bar = None
+    if tqdm:  # nothing in a pipe
+        form = "training: {percentage:3.0f}%|{bar:40}|{postfix}"
+        bar = tqdm(total=round(seconds, 1), bar_format=form, disable=None)
     losses, start = [], time.monotonic()
     while (elapsed := time.monotonic() - start) < seconds:
         part = elapsed / seconds

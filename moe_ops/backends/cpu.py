@@ -17,7 +17,7 @@ from moe_ops.routing import Routing, empty_routing
 # in the cache between them. An expert with more rows is taken alone.
 _CHUNK_ROWS = 256
 # Where the CPU has no 16-bit matrix product, converting the weights to fp32 pays from this many rows on.
-_ROWS_TO_WIDEN = 6
+_ROWS_TO_WIDEN = 8
 # Columns of the result that each thread gets at least, where a product is split by hand.
 _COLUMNS_TO_SPLIT = 64
 
