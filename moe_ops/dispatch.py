@@ -5,10 +5,9 @@ import contextvars
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
-from moe_ops import env
+from moe_ops import env, routing
 from moe_ops.devices import Device
 from moe_ops.problem import PATHS, Problem
-from moe_ops.routing import max_row_blocks
 from moe_ops.tuning import VARIANTS, TileConfig, choose_variant, tile_configs, variant_obstacle
 
 # TMA: base addresses and all strides but the innermost in units of 16 bytes.
@@ -117,7 +116,7 @@ def make_plan(problem: Problem, device: Device) -> Plan:
         raise ValueError(f"up.block_m is {up.block_m} and down.block_m {down.block_m}; both must be the same")
     max_tiles = problem.num_routes
     if variant != "direct":
-        max_tiles = max_row_blocks(problem.num_routes, problem.num_experts, up.block_m)
+        max_tiles = routing.max_row_blocks(problem.num_routes, problem.num_experts, up.block_m)
     dependent_launch = device.capability is not None and device.capability >= (9, 0) and not device.interpreted
     plan = Plan(path, reason, variant, dependent_launch, up, down, max_tiles, device.num_sms)
     return replace(plan, workspace_bytes=_workspace_bytes(problem, plan))
@@ -130,8 +129,10 @@ def row_stride(columns: int) -> int:
 
 def _workspace_bytes(problem: Problem, plan: Plan) -> int:
     columns = row_stride(problem.intermediate_size) + row_stride(problem.hidden_size)
-    routing = 0 if plan.variant == "direct" else 4 * (plan.max_rows + plan.max_tiles + 1 + problem.num_routes)
-    return plan.max_rows * columns * problem.dtype.itemsize + routing
+    gemms = plan.max_rows * columns * problem.dtype.itemsize
+    if plan.variant == "direct":
+        return gemms
+    return gemms + routing.workspace_bytes(problem.num_routes, problem.num_experts, plan.block_m)
 
 
 def choose_path(problem: Problem, device: Device) -> tuple[str, str]:

@@ -5,6 +5,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+# On the device up to this many routes are sorted in one launch; more in three, by chunks of so many.
+SMALL_ROUTES = 2048
+CHUNK = 128
+
 
 class Routing(NamedTuple):
     """Routes sorted by expert; R = M * top_k routes, route r = m * top_k + k.
@@ -29,6 +33,15 @@ def max_row_blocks(num_routes: int, num_experts: int, block: int) -> int:
     """
     occupied = torch.sym_min(num_routes, num_experts)
     return (num_routes + occupied * (block - 1)) // block
+
+
+def workspace_bytes(num_routes: int, num_experts: int, block: int) -> int:
+    """Device memory a sort takes: its result, and the counts of many routes by chunk and expert."""
+    max_tiles = max_row_blocks(num_routes, num_experts, block)
+    numbers = max_tiles * block + max_tiles + 1 + num_routes
+    if num_routes > SMALL_ROUTES:
+        numbers += num_experts * (-(-num_routes // CHUNK) + 1)
+    return 4 * numbers
 
 
 def empty_routing(topk_ids: Tensor, num_experts: int, block: int) -> Routing:

@@ -6,11 +6,9 @@ from torch import Tensor
 
 from moe_ops.backends.launch import Launcher, on_device
 from moe_ops.kernels import route as kernels
-from moe_ops.routing import Routing, empty_routing
+from moe_ops.routing import CHUNK, SMALL_ROUTES, Routing, empty_routing
 
-_SMALL_ROUTES = 2048
 _SMALL_CHUNK = 16
-_CHUNK = 128
 _TILES = 32
 _SCAN_STEP = 1024
 
@@ -45,7 +43,7 @@ def sort_routes(
     common = {"num_warps": 4, "PDL": dependent_launch}
     following = common | ({"launch_pdl": True} if dependent_launch else {})
     with on_device(ids):
-        if num_routes <= _SMALL_ROUTES:
+        if num_routes <= SMALL_ROUTES:
             launch(
                 "route", kernels.route_small_kernel,
                 max(triton.cdiv(num_routes, _SMALL_CHUNK), triton.cdiv(max_tiles, _TILES)),
@@ -55,13 +53,13 @@ def sort_routes(
                 },
             )  # fmt: skip
             return routing
-        num_chunks = triton.cdiv(num_routes, _CHUNK)
+        num_chunks = triton.cdiv(num_routes, CHUNK)
         chunk_counts = ids.new_empty((num_experts, num_chunks), dtype=torch.int32)
         counts = ids.new_empty((num_experts,), dtype=torch.int32)
         launch(
             "count", kernels.count_kernel, num_chunks,
             (ids, expert_map, chunk_counts, routing.inverse, num_routes, num_chunks, num_ids),
-            lambda: {"NUM_EXPERTS": num_experts, "BINS": sizes["BINS"], "CHUNK": _CHUNK, **common},
+            lambda: {"NUM_EXPERTS": num_experts, "BINS": sizes["BINS"], "CHUNK": CHUNK, **common},
         )  # fmt: skip
         launch(
             "scan", kernels.scan_kernel, num_experts, (chunk_counts, counts, num_chunks),
@@ -70,6 +68,6 @@ def sort_routes(
         launch(
             "scatter", kernels.scatter_kernel, max(num_chunks, triton.cdiv(max_tiles, _TILES)),
             (ids, expert_map, chunk_counts, counts, *routing, num_routes, num_chunks, max_tiles, num_ids),
-            lambda: {**sizes, "CHUNK": _CHUNK, **following},
+            lambda: {**sizes, "CHUNK": CHUNK, **following},
         )  # fmt: skip
     return routing

@@ -50,12 +50,15 @@ def random_inputs(
         The call's arguments.
 
     Raises:
-        ValueError: `routing` is not one of `ROUTINGS`.
+        ValueError: `routing` is not one of `ROUTINGS`, or it is "hostile" with an `expert_map`, which decides anew
+            which ids are out of range.
 
     Example:
         >>> random_inputs(num_tokens=3, hidden=16, intermediate=8, experts=4, top_k=2).w1.shape
         torch.Size([4, 16, 16])
     """
+    if routing == "hostile" and options.get("expert_map") is not None:
+        raise ValueError("routing is 'hostile' with an expert_map, expected one of them; choose ids by hand")
     generator = torch.Generator(device=device).manual_seed(seed)
 
     def normal(*shape: int, scale: float = 1.0) -> Tensor:

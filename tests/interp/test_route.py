@@ -9,7 +9,7 @@ from moe_ops.testing import poisoned_memory
 
 
 def _route(monkeypatch, small: bool, *args):
-    monkeypatch.setattr(routing, "_SMALL_ROUTES", 10**6 if small else 0)
+    monkeypatch.setattr(routing, "SMALL_ROUTES", 10**6 if small else 0)
     with poisoned_memory():
         return routing.sort_routes(*args)
 
@@ -54,7 +54,7 @@ def test_expert_map(monkeypatch, small):
 
 
 def test_many_experts_and_more_chunks_than_one_scan_step(monkeypatch):
-    monkeypatch.setattr(routing, "_CHUNK", 16)
+    monkeypatch.setattr(routing, "CHUNK", 16)
     monkeypatch.setattr(routing, "_SCAN_STEP", 16)
     ids = _ids(160, 4, -1, 1026)
     expected = moe_ops.route(ids, 1025, 2)
