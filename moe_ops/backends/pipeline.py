@@ -73,7 +73,8 @@ class RowSource(NamedTuple):
 
 def _row_source(args: Arguments, problem: Problem, plan: Plan) -> RowSource:
     if plan.variant == "direct":
-        return RowSource(args.topk_ids.contiguous(), args.expert_map, None, None, None, None)
+        expert_map = None if args.expert_map is None else args.expert_map.contiguous()
+        return RowSource(args.topk_ids.contiguous(), expert_map, None, None, None, None)
     routing = sort_routes(
         args.topk_ids, problem.num_experts, plan.block_m, args.expert_map, Launcher(plan.kernels), plan.dependent_launch
     )

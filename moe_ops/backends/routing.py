@@ -32,6 +32,7 @@ def sort_routes(
         routing.num_padded.zero_()
         return routing
     ids = topk_ids.contiguous()
+    expert_map = None if expert_map is None else expert_map.contiguous()
     num_ids = num_experts if expert_map is None else expert_map.shape[0]
     sizes = {
         "NUM_EXPERTS": num_experts,

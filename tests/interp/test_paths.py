@@ -120,6 +120,15 @@ def test_expert_map(path, mapped):
 
 
 @PATHS
+@pytest.mark.parametrize("variant", ["direct", "sorted"])
+def test_strided_expert_map(path, variant):
+    args = random_inputs(num_tokens=5, hidden=40, intermediate=24, experts=3, top_k=2, dtype=torch.float16)
+    args.expert_map = torch.tensor([[2, 7], [0, -1], [1, 99]], dtype=torch.int32)[:, 0]
+    with override(path=path, variant=variant):
+        assert_correct(run(args), args)
+
+
+@PATHS
 def test_nan_stays_with_the_tokens_it_reaches(path):
     args = option_case("plain", torch.float16)
     clean = run(args, path=path)
