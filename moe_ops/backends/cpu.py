@@ -18,8 +18,10 @@ from moe_ops.routing import Routing, empty_routing
 _CHUNK_ROWS = 256
 # Where the CPU has no 16-bit matrix product, converting the weights to fp32 pays from this many rows on.
 _ROWS_TO_WIDEN = 8
-# Columns of the result that each thread gets at least, where a product is split by hand.
+# Columns of the result that each thread gets at least, where a product is split by hand, and weights of an expert below
+# which the calls around the product cost more than threads save.
 _COLUMNS_TO_SPLIT = 64
+_WEIGHTS_TO_SPLIT = 2**18
 
 
 class Group(NamedTuple):
@@ -43,14 +45,17 @@ def run(args: Arguments, problem: Problem, out: Tensor) -> Tensor:
     """
     experts, order, groups = _group_routes(args, problem)
     dropped = len(groups) > 0 and groups[0].expert < 0
-    tokens = order // problem.top_k
-    weights = args.topk_weights.float().flatten()[order].unsqueeze(1)
+    weights = args.topk_weights.float().flatten().unsqueeze(1)
+    if order is None:
+        inputs = args.hidden_states.expand(problem.num_routes, -1)
+    else:
+        weights, tokens = weights[order], order // problem.top_k
     up_product, down_product = _GroupedProduct(args.w1), _GroupedProduct(args.w2)
     # In the order of the routes, so that the sum over k has the order of k. Routes without an expert stay 0.
     routes = (torch.zeros if dropped else torch.empty)(problem.num_routes, problem.hidden_size)
     for chunk in _chunks(groups[1:] if dropped else groups):
         rows = slice(chunk[0].start, chunk[-1].stop)
-        up = up_product(args.hidden_states[tokens[rows]], chunk)
+        up = up_product(inputs[rows] if order is None else args.hidden_states[tokens[rows]], chunk)
         if problem.router_weight_on_input or args.w1_bias is not None:
             up = up.float()
             if problem.router_weight_on_input:
@@ -61,16 +66,22 @@ def run(args: Arguments, problem: Problem, out: Tensor) -> Tensor:
         down = down_product(act, chunk)
         if args.w2_bias is not None:
             down = (down.float() + args.w2_bias[experts[rows]]).to(problem.dtype)
-        routes[order[rows]] = down.float() if problem.router_weight_on_input else down * weights[rows]
+        weighted = down.float() if problem.router_weight_on_input else down * weights[rows]
+        routes[rows if order is None else order[rows]] = weighted
     if problem.routed_scaling_factor != 1.0:
         routes *= problem.routed_scaling_factor
     routes = routes.view(problem.num_tokens, problem.top_k, problem.hidden_size)
     return out.copy_(routes.sum(1) if problem.reduce_topk else routes)
 
 
-def _group_routes(args: Arguments, problem: Problem) -> tuple[Tensor, Tensor, list[Group]]:
-    """The routes sorted by expert: their experts, their numbers, and who has which of them. -1 comes first."""
+def _group_routes(args: Arguments, problem: Problem) -> tuple[Tensor, Tensor | None, list[Group]]:
+    """The routes sorted by expert: their experts, their numbers, and who has which of them. -1 comes first.
+
+    The routes of a single token stay as they are, without numbers, if all have an expert: there is nothing to gather.
+    """
     experts = local_experts(args.topk_ids, problem.num_experts, args.expert_map).flatten()
+    if problem.num_tokens == 1 and min(ids := experts.tolist()) >= 0:
+        return experts, None, [Group(expert, route, route + 1) for route, expert in enumerate(ids)]
     experts, order = experts.sort(stable=True)
     present, counts = (values.tolist() for values in torch.unique_consecutive(experts, return_counts=True))
     stops = itertools.accumulate(counts)
@@ -97,7 +108,7 @@ class _GroupedProduct:
 
     def __init__(self, weights: Tensor):
         experts, columns, depth = weights.shape
-        parts = _parts(columns)
+        parts = _parts(columns, depth)
         self._weights = weights.transpose(1, 2)  # [E, K, N]
         self._blocks = weights.view(experts, parts, -1, depth).transpose(2, 3)  # [E, parts, K, N / parts]
         self._wide_block = None
@@ -132,11 +143,11 @@ class _GroupedProduct:
         return self._wide_block.copy_(blocks)
 
 
-def _parts(columns: int) -> int:
+def _parts(columns: int, depth: int) -> int:
     """Column blocks to split a product into: one per thread, or 1 where that is not possible or of no use."""
     threads = torch.get_num_threads()
-    splits = torch.backends.mkl.is_available() and columns % threads == 0 and columns // threads >= _COLUMNS_TO_SPLIT
-    return threads if splits else 1
+    large = columns // threads >= _COLUMNS_TO_SPLIT and columns * depth >= _WEIGHTS_TO_SPLIT
+    return threads if large and torch.backends.mkl.is_available() and columns % threads == 0 else 1
 
 
 @functools.lru_cache(maxsize=8)

@@ -96,6 +96,7 @@ def test_every_way_to_multiply(dtype, threads, has_product, monkeypatch):
     """Native and widened products, in one piece and in column blocks, whatever this CPU would choose."""
     monkeypatch.setattr(cpu, "_has_product", lambda dtype: has_product)
     monkeypatch.setattr(cpu, "_COLUMNS_TO_SPLIT", 1)
+    monkeypatch.setattr(cpu, "_WEIGHTS_TO_SPLIT", 1)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     inputs = make(40, 4, 2, dtype)
     check(inputs)
