@@ -35,7 +35,7 @@ def add_parser(commands) -> None:
     parser.add_argument("--tokens", type=_tokens, default=TOKENS, help="token counts, comma-separated")
     parser.add_argument("--variant", action="append", choices=VARIANTS, help="repeatable (default: all)")
     parser.add_argument("--dtype", choices=("bfloat16", "float16"), default="bfloat16")
-    parser.add_argument("--rounds", type=int, default=15, help="samples per cell and variant")
+    parser.add_argument("--rounds", type=_rounds, default=15, help="samples per cell and variant")
     parser.add_argument("--eager", action="store_true", help="time eager calls instead of CUDA graphs")
     parser.add_argument("--json", metavar="FILE", help="write everything measured to FILE")
     parser.set_defaults(run=run)
@@ -49,6 +49,12 @@ def _tokens(text: str) -> tuple[int, ...]:
     if not counts or min(counts) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a comma-separated list of numbers above 0")
     return counts
+
+
+def _rounds(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    return int(text)
 
 
 def run(options: argparse.Namespace) -> int:

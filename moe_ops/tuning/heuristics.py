@@ -13,6 +13,9 @@ _SHARED_MEMORY_RESERVE = 2048
 # Below this (sm_120 has 99 KiB) the large TMA tiles would be left with two stages, and spill.
 _LARGE_SHARED_MEMORY = 160 * 1024
 
+# I up to which the down GEMM's reduction is short.
+_SHORT_REDUCTION = 1024
+
 
 def tile_configs(
     problem: Problem, device: Device, path: str, variant: str = "sorted", *, batch_invariant: bool
@@ -65,24 +68,21 @@ def _direct(problem: Problem, device: Device) -> tuple[TileConfig, TileConfig]:
 
 def _tma(rows: float, problem: Problem) -> tuple[TileConfig, TileConfig]:
     """Swapped operands up to 48 rows: there the weights' bytes are all that counts, in many and deep loads."""
-    if rows < 2:
-        return TileConfig(16, 32, 128, 4, 4, 4, True), _short_reduction(problem, TileConfig(16, 64, 128, 4, 4, 4, True))
-    if rows <= 4:
-        return TileConfig(16, 32, 256, 4, 4, 3, True), _short_reduction(problem, TileConfig(16, 64, 128, 4, 4, 4, True))
     if rows <= 8:
-        return TileConfig(16, 64, 128, 4, 4, 3, True), _short_reduction(problem, TileConfig(16, 64, 128, 4, 4, 4, True))
+        down = TileConfig(16, 64, 128, 4, 4, 4, True)
+        if problem.intermediate_size <= _SHORT_REDUCTION:
+            # A few steps cannot fill a pipeline: twice the columns instead.
+            down = replace(down, block_n=128, num_stages=3)
+        if rows < 2:
+            return TileConfig(16, 32, 128, 4, 4, 4, True), down
+        if rows <= 4:
+            return TileConfig(16, 32, 256, 4, 4, 3, True), down
+        return TileConfig(16, 64, 128, 4, 4, 3, True), down
     if rows <= 16:
         return TileConfig(32, 64, 128, 4, 4, 3, True), TileConfig(32, 64, 128, 4, 4, 4, True)
     if rows <= 48:
         return TileConfig(64, 64, 128, 4, 4, 3, True), TileConfig(64, 128, 64, 4, 4, 4, True)
     return TileConfig(128, 128, 64, 16, 8, 4), TileConfig(128, 256, 64, 16, 8, 4)
-
-
-def _short_reduction(problem: Problem, config: TileConfig) -> TileConfig:
-    """Twice the columns where the down GEMM's reduction has a few steps only, too few to fill a pipeline."""
-    if problem.intermediate_size > 1024:
-        return config
-    return replace(config, block_n=128, num_stages=3)
 
 
 def _classic(rows: float) -> tuple[TileConfig, TileConfig]:
