@@ -1,54 +1,145 @@
 """Turns recorded results into the tables of docs/benchmarks.md.
 
-    python benchmarks/report.py benchmarks/results/<ours>.json benchmarks/results/<peers>.json
+    python benchmarks/report.py OURS PEERS            the whole op beside the best recorded peer
+    python benchmarks/report.py stages OURS           each stage alone
+    python benchmarks/report.py skew OURS [OURS ...]  each routing beside the uniform one
+    python benchmarks/report.py plot OURS DIR [PEERS] the plots of `bench --plot`
 
-Ours are what `python -m moe_ops bench --json` wrote. Peers are recorded results of another run, whose clocks were not
-ours: besides the plain factor there is one in which their time is scaled to this run's ceilings, by the read-only
-stream where a cell is bound by bytes and by the cuBLAS product where it is bound by FLOPs.
+It needs moe_ops installed, or PYTHONPATH=. in front. OURS are what `python -m moe_ops bench --json` wrote. PEERS are
+recorded results of another run, whose clocks were not ours: besides the plain factor there is one in which their time
+is scaled to this run's ceilings, by the read-only stream where a cell is bound by bytes and by the cuBLAS product where
+it is bound by FLOPs.
 """
 
 import json
 import math
 import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from moe_ops.cli import plots
+from moe_ops.cli.recorded import beside, load_peers
+from moe_ops.cli.table import fastest_path
 
-def main(ours_file: str, peers_file: str) -> None:
-    """Prints the tables."""
-    ours, peers = (json.loads(Path(name).read_text()) for name in (ours_file, peers_file))
-    best = {(cell["shape"], cell["tokens"]): min((t, n) for n, t in cell["ms"].items()) for cell in peers["cells"]}
-    print(f"{ours['device']}, torch {ours['torch']}, triton {ours['triton']}, {ours['date']}, {ours['dtype']}.\n")
-    print("| shape | M | tma ms | classic ms | grouped_mm ms | of limit | best recorded peer | factor | scaled |")
-    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
-    factors, scaled_factors = [], []
-    for cell in ours["cells"]:
-        time, (peer_time, peer) = cell["ms"]["tma"], best[cell["shape"], cell["tokens"]]
-        factor = peer_time / time
-        scaled = factor * scale(cell, peers)
-        factors.append(factor)
-        scaled_factors.append(scaled)
-        times = " | ".join(f"{cell['ms'][name]:.4f}" for name in ("tma", "classic", "grouped_mm"))
-        print(
-            f"| {cell['shape']} | {cell['tokens']} | {times} | {cell['limit_ms'] / time:.2f} "
-            f"| {peer_time:.3f} {peer} | {factor:.3f} | {scaled:.3f} |"
-        )
+Row = Iterable[object]
+
+
+def peers_table(ours: dict, peers: dict) -> Iterator[str]:
+    """The whole op by every variant, and the factors to the best recorded peer."""
+    cells = [cell for cell in ours["cells"] if cell.get("routing", "uniform") == "uniform" and cell["ms"].get("tma")]
+    variants = list(dict.fromkeys(name for cell in cells for name in cell["ms"]))
+    rows, factors, scaled_factors = [], [], []
+    for cell in cells:
+        time = cell["ms"]["tma"]
+        row = [cell["shape"], cell["tokens"], *(number(cell["ms"].get(name), ".4f") for name in variants)]
+        row.append(f"{cell['limit_ms'] / time:.2f}")
+        if best := beside(cell, peers):
+            factors.append(best["ms"] / time)
+            scaled_factors.append(best["scaled_ms"] / time)
+            row += [f"{best['ms']:.3f} {best['name']}", f"{factors[-1]:.3f}", f"{scaled_factors[-1]:.3f}"]
+        else:
+            row += ["-"] * 3
+        rows.append(row)
+    times = [f"{name} ms" for name in variants]
+    yield from head(ours)
+    yield from table(["shape", "M", *times, "of limit", "best recorded peer", "factor", "scaled"], rows)
     for name, values in (("plain", factors), ("scaled", scaled_factors)):
-        mean = math.exp(sum(map(math.log, values)) / len(values))
-        ahead = sum(value > 1 for value in values)
-        print(f"\nGeometric mean of the {name} factors: {mean:.3f}; ahead in {ahead} of {len(values)} cells.")
+        if values:
+            mean = math.exp(sum(map(math.log, values)) / len(values))
+            ahead = sum(value > 1 for value in values)
+            yield f"\nGeometric mean of the {name} factors: {mean:.3f}; ahead in {ahead} of {len(values)} cells."
 
 
-def scale(cell: dict, peers: dict) -> float:
-    """This run's ceilings over the peers': what their time would be here."""
-    if cell["bound"] == "bytes":
-        return peers["stream_gbs"] / cell["stream_gbs"]
-    # Power limits a card that multiplies without a pause; the peers' run has one rate for either state.
-    rates = peers["cublas_tflops"]
-    near = min(rates.values(), key=lambda rate: abs(rate - cell["cublas_tflops"]))
-    return near / cell["cublas_tflops"]
+def stages_table(ours: dict) -> Iterator[str]:
+    """Each stage alone, and the whole op over up + down + combine at the stream's rate."""
+    shown = {
+        "route": {"us": ".1f"},
+        "up": {"us": ".1f", "tflops": ".0f", "of_cublas": ".2f", "of_limit": ".2f"},
+        "down": {"us": ".1f", "tflops": ".0f", "of_cublas": ".2f", "of_limit": ".2f"},
+        "combine": {"us": ".1f", "of_stream": ".2f"},
+    }
+    rows = []
+    for cell in ours["cells"]:
+        for path, facts in cell.get("paths", {}).items():
+            if stages := facts.get("stages"):
+                row = [cell["shape"], cell["routing"], cell["tokens"], f"{path} {facts['variant']}"]
+                for stage, forms in shown.items():
+                    row += [number(stages.get(stage, {}).get(key), form) for key, form in forms.items()]
+                rows.append([*row, number(stages.get("op_over_stages"), ".2f")])
+    columns = [f"{stage} {key.replace('_', ' ')}" for stage, forms in shown.items() for key in forms]
+    yield from head(ours)
+    yield from table(["shape", "routing", "M", "path", *columns, "op over stages"], rows)
+
+
+def skew_table(records: list[dict]) -> Iterator[str]:
+    """Each routing beside the uniform one: time over limit, and how much of it the padding rows explain."""
+    cells = [cell for record in records for cell in record["cells"] if fastest_path(cell)]
+    uniform = {_key(cell): cell["ms"][fastest_path(cell)] for cell in cells if cell["routing"] == "uniform"}
+    rows = []
+    for cell in sorted(cells, key=_key):  # stable: the routings of a cell stay in their order
+        path = fastest_path(cell)
+        facts, time, limit = cell["paths"][path], cell["ms"][path], cell["limit_ms"]
+        routes = cell["tokens"] * cell["sizes"][1]
+        over_uniform = time / uniform[_key(cell)] if _key(cell) in uniform else None
+        row = [cell["shape"], cell["tokens"], cell["routing"], cell["experts_met"], f"{path} {facts['variant']}"]
+        row += [f"{time:.4f}", number(over_uniform, ".2f"), f"{facts['padded_rows'] / routes:.2f}"]
+        row += [f"{time / limit:.2f}", f"{facts['padded_limit_ms'] / limit:.2f}"]
+        rows.append([*row, f"{time / facts['padded_limit_ms']:.2f}"])
+    columns = ["shape", "M", "routing", "experts met", "path", "ms", "over uniform", "padded rows / rows"]
+    for record in records:
+        yield from head(record)
+    yield from table([*columns, "time / limit", "padding explains", "time / padded limit"], rows)
+
+
+def _key(cell: dict) -> tuple[str, int]:
+    return cell["shape"], cell["tokens"]
+
+
+def head(record: dict) -> list[str]:
+    """Where and with what a record was made."""
+    facts = f"{record['device']}, torch {record['torch']}, triton {record['triton']}"
+    return [f"{facts}, {record['date']}, {record['dtype']}.", ""]
+
+
+def table(columns: list[str], rows: Iterable[Row]) -> Iterator[str]:
+    """A Markdown table."""
+    for row in (columns, ["---"] * len(columns), *rows):
+        yield f"| {' | '.join(map(str, row))} |"
+
+
+def number(value: float | None, form: str) -> str:
+    """A number, or a dash."""
+    return "-" if value is None else format(value, form)
+
+
+def main(arguments: list[str]) -> None:
+    """Prints what was asked for."""
+    match arguments:
+        case ["stages", ours]:
+            lines = stages_table(_load(ours))
+        case ["skew", *files] if files:
+            lines = skew_table([_load(file) for file in files])
+        case ["plot", ours, folder, *peers] if len(peers) < 2:
+            record = _load(ours)
+            for cell in record["cells"] if peers else ():
+                cell["recorded"] = beside(cell, load_peers(*peers))
+            lines = map(str, plots.plot(record, folder))
+        case [ours, peers]:
+            lines = peers_table(_graphs(_load(ours)), load_peers(peers))
+        case _:
+            sys.exit(__doc__)
+    print(*lines, sep="\n")
+
+
+def _load(file: str) -> dict:
+    return json.loads(Path(file).read_text())
+
+
+def _graphs(record: dict) -> dict:
+    if record["mode"] != "graph":
+        sys.exit(f"the record's mode is {record['mode']!r}, and the peers were recorded in CUDA graphs")
+    return record
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 3:
-        sys.exit(__doc__)
-    main(*sys.argv[1:])
+    main(sys.argv[1:])

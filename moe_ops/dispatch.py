@@ -23,7 +23,7 @@ class Plan:
     Attributes:
         path: "tma", "classic", "cpu" or "reference".
         reason: why this path, in words.
-        variant: "direct" (no sort, each route in a block of its own), "sorted", "pingpong" (sorted, with the
+        variant: "direct" (no sort, matrix-vector products of each route), "sorted", "pingpong" (sorted, with the
             warp-specialised GEMMs); "" on the paths without kernels.
         dependent_launch: each kernel may start while the one before it finishes.
         up: tile of the up GEMM; None on the paths without tiles.
@@ -53,7 +53,7 @@ class Plan:
     @property
     def max_rows(self) -> int:
         """Upper bound of the sorted rows, padding included."""
-        return self.max_tiles if self.variant == "direct" else self.max_tiles * self.block_m
+        return self.max_tiles * self.block_m
 
 
 @dataclass(frozen=True)
@@ -112,8 +112,7 @@ def make_plan(problem: Problem, device: Device) -> Plan:
     up, down = tile_configs(problem, device, path, variant, batch_invariant=invariant)
     if forced is not None:
         up, down = forced.up or up, forced.down or down
-    if up.block_m != down.block_m:
-        raise ValueError(f"up.block_m is {up.block_m} and down.block_m {down.block_m}; both must be the same")
+    _check_tiles(variant, up, down)
     max_tiles = problem.num_routes
     if variant != "direct":
         max_tiles = routing.max_row_blocks(problem.num_routes, problem.num_experts, up.block_m)
@@ -122,17 +121,27 @@ def make_plan(problem: Problem, device: Device) -> Plan:
     return replace(plan, workspace_bytes=_workspace_bytes(problem, plan))
 
 
+def _check_tiles(variant: str, up: TileConfig, down: TileConfig) -> None:
+    if up.block_m != down.block_m:
+        raise ValueError(f"up.block_m is {up.block_m} and down.block_m {down.block_m}; both must be the same")
+    unsorted = variant == "direct"
+    if (up.block_m == 1) != unsorted:
+        raise ValueError(f"block_m is {up.block_m} in variant {variant!r}; it is 1 in 'direct', and in no other")
+    if not unsorted and min(min(tile.block_m, tile.block_n, tile.block_k) for tile in (up, down)) < 16:
+        raise ValueError(f"a block of {up} or {down} is below 16, which only variant 'direct' can have")
+
+
 def row_stride(columns: int) -> int:
     """Elements from one workspace row to the next: in units that TMA can step over and Triton sees as aligned."""
     return (columns + _ROW_UNIT - 1) // _ROW_UNIT * _ROW_UNIT
 
 
 def _workspace_bytes(problem: Problem, plan: Plan) -> int:
-    columns = row_stride(problem.intermediate_size) + row_stride(problem.hidden_size)
-    gemms = plan.max_rows * columns * problem.dtype.itemsize
+    act = plan.max_rows * row_stride(problem.intermediate_size) * problem.dtype.itemsize
     if plan.variant == "direct":
-        return gemms
-    return gemms + routing.workspace_bytes(problem.num_routes, problem.num_experts, plan.block_m)
+        return act
+    rows = plan.max_rows * row_stride(problem.hidden_size) * problem.dtype.itemsize
+    return act + rows + routing.workspace_bytes(problem.num_routes, problem.num_experts, plan.block_m)
 
 
 def choose_path(problem: Problem, device: Device) -> tuple[str, str]:

@@ -9,6 +9,9 @@ from torch import Tensor
 SMALL_ROUTES = 2048
 CHUNK = 128
 
+# Without a sort, routes of a token that a program of the down launch takes at a time.
+TOKEN_ROUTES = 8
+
 
 class Routing(NamedTuple):
     """Routes sorted by expert; R = M * top_k routes, route r = m * top_k + k.

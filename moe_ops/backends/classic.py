@@ -1,5 +1,7 @@
 """The classic path: Triton kernels that reach every operand by pointers, whatever its strides. sm_80 and later."""
 
+from collections.abc import Iterator
+
 from torch import Tensor
 
 from moe_ops.backends import pipeline
@@ -9,4 +11,13 @@ from moe_ops.problem import Arguments, Problem
 
 def run(args: Arguments, problem: Problem, plan: Plan, out: Tensor) -> Tensor:
     """Runs a call on the classic path; see `pipeline.run`."""
-    return pipeline.run(args, problem, plan, out, lambda *_: pipeline.Operands(None, None, None))
+    return pipeline.run(args, problem, plan, out, _describe_operands)
+
+
+def stages(args: Arguments, problem: Problem, plan: Plan, out: Tensor) -> Iterator[str]:
+    """Runs a call stage by stage; see `pipeline.stages`."""
+    return pipeline.stages(args, problem, plan, out, _describe_operands)
+
+
+def _describe_operands(*_) -> pipeline.Operands:
+    return pipeline.Operands(None, None, None)

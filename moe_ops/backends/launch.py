@@ -1,10 +1,12 @@
-"""The one place kernels are launched from."""
+"""The one place kernels are launched from, and what all launches have to say of their arguments."""
 
 import contextlib
 from collections.abc import Callable, Hashable
 
 import torch
 from torch import Tensor
+
+from moe_ops.dispatch import Plan
 
 
 class Launcher:
@@ -49,3 +51,28 @@ def on_device(tensor: Tensor) -> contextlib.AbstractContextManager:
     if tensor.device.type == "cuda" and tensor.device.index != torch.cuda.current_device():
         return torch.cuda.device(tensor.device)
     return contextlib.nullcontext()
+
+
+def dependent(plan: Plan, follows: bool = True) -> dict[str, bool]:
+    """Options of programmatic dependent launch; the first kernel of a call follows nobody and waits for everything."""
+    options = {"PDL": plan.dependent_launch}
+    return options | {"launch_pdl": True} if plan.dependent_launch and follows else options
+
+
+def bias_and_stride(bias: Tensor | None) -> tuple[Tensor | None, int]:
+    """A bias [E, N] whose rows are contiguous, and the elements from one expert to the next."""
+    if bias is None:
+        return None, 0
+    bias = bias if bias.stride(1) == 1 else bias.contiguous()
+    return bias, bias.stride(0)
+
+
+def unit(*sizes: int) -> int:
+    """A unit of 16 bytes for 16-bit elements, where all sizes are multiples of it: what vector loads need to know."""
+    return 8 if all(size % 8 == 0 for size in sizes) else 1
+
+
+def weight_constexprs(weight: Tensor) -> dict[str, object]:
+    """What the kernels have to know of a weight's strides."""
+    n_major = weight.stride(2) != 1
+    return {"N_MAJOR": n_major, "W_UNIT": unit(weight.stride(0), weight.stride(2 if n_major else 1))}

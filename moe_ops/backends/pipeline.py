@@ -1,18 +1,20 @@
 """The chain of launches that the Triton paths share: route, up GEMM, down GEMM, combine."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
-from moe_ops.backends.launch import Launcher, on_device
+from moe_ops.backends import gemv
+from moe_ops.backends.launch import Launcher, bias_and_stride, dependent, on_device, unit, weight_constexprs
 from moe_ops.backends.routing import sort_routes
 from moe_ops.dispatch import Plan, row_stride
 from moe_ops.kernels.combine import combine_kernel
 from moe_ops.kernels.grouped_gemm import down_kernel, up_kernel
 from moe_ops.problem import Arguments, Problem
+from moe_ops.routing import Routing
 
 _COMBINE_UNROLL = 8
 _COMBINE_COLUMNS = 1024
@@ -40,45 +42,46 @@ def run(args: Arguments, problem: Problem, plan: Plan, out: Tensor, describe_ope
     Returns:
         out.
     """
+    for _ in stages(args, problem, plan, out, describe_operands):
+        pass
+    return out
+
+
+def stages(args: Arguments, problem: Problem, plan: Plan, out: Tensor, describe_operands) -> Iterator[str]:
+    """`run` in steps: launches one stage at a time and yields its name ("route", "up", "down" or "combine")."""
     hidden_states = args.hidden_states
     with on_device(hidden_states):
-        rows_from = _row_source(args, problem, plan)
         router_weights = args.topk_weights.contiguous()
+        combine_weights = None if problem.router_weight_on_input else router_weights
         act = _workspace(hidden_states, plan.max_rows, problem.intermediate_size)
+        if plan.variant == "direct":
+            ids = args.topk_ids.contiguous()
+            expert_map = None if args.expert_map is None else args.expert_map.contiguous()
+            gemv.up(args, problem, plan, ids, expert_map, router_weights, act)
+            yield "up"
+            gemv.down(args, problem, plan, ids, expert_map, act, combine_weights, out)
+            yield "down"
+            return
+        routing = sort_routes(
+            args.topk_ids, problem.num_experts, plan.block_m, args.expert_map, Launcher(plan.kernels),
+            plan.dependent_launch,
+        )  # fmt: skip
+        yield "route"
         rows = _workspace(hidden_states, plan.max_rows, problem.hidden_size)
         if plan.variant == "pingpong":
             from moe_ops.backends import pingpong
 
-            pingpong.up(args, problem, plan, rows_from, router_weights, act)
-            pingpong.down(args, problem, plan, rows_from, act, rows)
+            pingpong.up(args, problem, plan, routing, router_weights, act)
+            yield "up"
+            pingpong.down(args, problem, plan, routing, act, rows)
         else:
             operands = describe_operands(args, problem, plan, act)
-            _up(args, problem, plan, operands, rows_from, router_weights, act)
-            _down(args, problem, plan, operands, rows_from, act, rows)
-        combine_weights = None if problem.router_weight_on_input else router_weights
-        _combine(problem, plan, rows, rows_from, combine_weights, out)
-    return out
-
-
-class RowSource(NamedTuple):
-    """Where the kernels learn which route is in which row: the sort's result, or the ids themselves."""
-
-    ids: Tensor | None
-    expert_map: Tensor | None
-    sorted_routes: Tensor | None
-    tile_experts: Tensor | None
-    num_padded: Tensor | None
-    inverse: Tensor | None
-
-
-def _row_source(args: Arguments, problem: Problem, plan: Plan) -> RowSource:
-    if plan.variant == "direct":
-        expert_map = None if args.expert_map is None else args.expert_map.contiguous()
-        return RowSource(args.topk_ids.contiguous(), expert_map, None, None, None, None)
-    routing = sort_routes(
-        args.topk_ids, problem.num_experts, plan.block_m, args.expert_map, Launcher(plan.kernels), plan.dependent_launch
-    )
-    return RowSource(None, None, *routing)
+            _up(args, problem, plan, operands, routing, router_weights, act)
+            yield "up"
+            _down(args, problem, plan, operands, routing, act, rows)
+        yield "down"
+        _combine(problem, plan, rows, routing, combine_weights, out)
+        yield "combine"
 
 
 def _workspace(like: Tensor, num_rows: int, columns: int) -> Tensor:
@@ -86,66 +89,43 @@ def _workspace(like: Tensor, num_rows: int, columns: int) -> Tensor:
     return like.new_empty((num_rows, row_stride(columns)))[:, :columns]
 
 
-def _bias(bias: Tensor | None) -> tuple[Tensor | None, int]:
-    if bias is None:
-        return None, 0
-    bias = bias if bias.stride(1) == 1 else bias.contiguous()
-    return bias, bias.stride(0)
-
-
-def _up(args, problem: Problem, plan: Plan, operands: Operands, rows_from: RowSource, router_weights, act) -> None:
+def _up(args, problem: Problem, plan: Plan, operands: Operands, routing: Routing, router_weights, act) -> None:
     config, activation, w1 = plan.up, problem.activation, args.w1
-    bias, stride_be = _bias(args.w1_bias)
+    bias, stride_be = bias_and_stride(args.w1_bias)
     Launcher(plan.kernels)(
         "up", up_kernel, plan.max_tiles * triton.cdiv(problem.intermediate_size, config.block_n),
         (args.hidden_states, operands.w1_desc, None if operands.w1_desc is not None else w1, bias,
-         router_weights if problem.router_weight_on_input else None, act, *rows_from[:5],
-         problem.num_routes, problem.num_ids, problem.num_experts, problem.top_k,
+         router_weights if problem.router_weight_on_input else None, act, *routing[:3],
+         problem.num_routes, problem.top_k,
          problem.hidden_size, problem.intermediate_size, problem.alpha or 0.0, problem.limit or 0.0,
          *args.hidden_states.stride(), *problem.w1_strides, stride_be, act.stride(0)),
         lambda: {
             "ACTIVATION": activation.name, "GATED": activation.gated,
             "INTERLEAVED": problem.gate_up_layout == "interleaved", "HAS_LIMIT": problem.limit is not None,
-            "X_UNIT": _unit(args.hidden_states.stride(0)), **_weight(w1), **_sizes(problem),
-            **_tile(plan, config, problem.hidden_size, w1.dtype), **dependent(plan, plan.variant != "direct"),
+            "X_UNIT": unit(args.hidden_states.stride(0)), **weight_constexprs(w1), **_sizes(problem),
+            **_tile(plan, config, problem.hidden_size, w1.dtype), **dependent(plan),
         },
     )  # fmt: skip
 
 
-def _down(args, problem: Problem, plan: Plan, operands: Operands, rows_from: RowSource, act: Tensor, rows) -> None:
+def _down(args, problem: Problem, plan: Plan, operands: Operands, routing: Routing, act: Tensor, rows) -> None:
     config, w2 = plan.down, args.w2
-    bias, stride_be = _bias(args.w2_bias)
+    bias, stride_be = bias_and_stride(args.w2_bias)
     Launcher(plan.kernels)(
         "down", down_kernel, plan.max_tiles * triton.cdiv(problem.hidden_size, config.block_n),
         (operands.act_desc, act, operands.w2_desc, None if operands.w2_desc is not None else w2, bias, rows,
-         *rows_from[:5], problem.num_routes, problem.num_ids, problem.num_experts,
+         *routing[:3], problem.num_routes,
          problem.hidden_size, problem.intermediate_size,
          act.stride(0), *problem.w2_strides, stride_be, rows.stride(0)),
         lambda: {
-            **_weight(w2), **_sizes(problem), **_tile(plan, config, problem.intermediate_size, w2.dtype),
+            **weight_constexprs(w2), **_sizes(problem), **_tile(plan, config, problem.intermediate_size, w2.dtype),
             **dependent(plan),
         },
     )  # fmt: skip
 
 
-def dependent(plan: Plan, follows: bool = True) -> dict[str, bool]:
-    """Options of programmatic dependent launch; the first kernel of a call follows nobody and waits for everything."""
-    options = {"PDL": plan.dependent_launch}
-    return options | {"launch_pdl": True} if plan.dependent_launch and follows else options
-
-
-def _unit(*sizes: int) -> int:
-    """A unit of 16 bytes for 16-bit elements, where all sizes are multiples of it: what vector loads need to know."""
-    return 8 if all(size % 8 == 0 for size in sizes) else 1
-
-
 def _sizes(problem: Problem) -> dict[str, int]:
-    return {"H_UNIT": _unit(problem.hidden_size), "I_UNIT": _unit(problem.intermediate_size)}
-
-
-def _weight(weight: Tensor) -> dict[str, object]:
-    n_major = weight.stride(2) != 1
-    return {"N_MAJOR": n_major, "W_UNIT": _unit(weight.stride(0), weight.stride(2 if n_major else 1))}
+    return {"H_UNIT": unit(problem.hidden_size), "I_UNIT": unit(problem.intermediate_size)}
 
 
 def _tile(plan: Plan, config, reduction: int, dtype: torch.dtype) -> dict[str, object]:
@@ -157,13 +137,12 @@ def _tile(plan: Plan, config, reduction: int, dtype: torch.dtype) -> dict[str, o
         "BLOCK_K": config.block_k,
         "GROUP_M": config.group_m,
         "SWAP_AB": config.swap_ab,
-        "DIRECT": plan.variant == "direct",
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
     }
 
 
-def _combine(problem: Problem, plan: Plan, rows: Tensor, rows_from: RowSource, router_weights, out: Tensor) -> None:
+def _combine(problem: Problem, plan: Plan, rows: Tensor, routing: Routing, router_weights, out: Tensor) -> None:
     """out[m] = factor * sum_k weight[m, k] * rows[inverse[m, k]]; the summands with `reduce_topk=False`."""
     block_h = min(_COMBINE_COLUMNS, triton.next_power_of_2(problem.hidden_size))
     stride_om, stride_ok, stride_oh = (out.stride(0), 0, out.stride(1)) if problem.reduce_topk else out.stride()
@@ -171,8 +150,8 @@ def _combine(problem: Problem, plan: Plan, rows: Tensor, rows_from: RowSource, r
     name = ("combine", out.stride(), out.data_ptr() % 16)
     Launcher(plan.kernels)(
         name, combine_kernel, problem.num_tokens * triton.cdiv(problem.hidden_size, block_h),
-        (rows, rows_from.inverse, rows_from.ids, rows_from.expert_map, router_weights, out,
-         problem.routed_scaling_factor, problem.top_k, problem.num_ids, problem.num_experts, problem.hidden_size,
+        (rows, routing.inverse, router_weights, out,
+         problem.routed_scaling_factor, problem.top_k, problem.hidden_size,
          rows.stride(0), stride_om, stride_ok, stride_oh),
         lambda: {
             "UNROLL": min(_COMBINE_UNROLL, triton.next_power_of_2(problem.top_k)), "REDUCE": problem.reduce_topk,

@@ -4,6 +4,7 @@ A descriptor made on the host needs no scratch memory and no allocator, and a CU
 """
 
 import copy
+from collections.abc import Iterator
 
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -19,6 +20,11 @@ _MAX_TEMPLATES = 4096
 def run(args: Arguments, problem: Problem, plan: Plan, out: Tensor) -> Tensor:
     """Runs a call on the TMA path; see `pipeline.run`."""
     return pipeline.run(args, problem, plan, out, _describe_operands)
+
+
+def stages(args: Arguments, problem: Problem, plan: Plan, out: Tensor) -> Iterator[str]:
+    """Runs a call stage by stage; see `pipeline.stages`."""
+    return pipeline.stages(args, problem, plan, out, _describe_operands)
 
 
 def _describe_operands(args: Arguments, problem: Problem, plan: Plan, act: Tensor) -> pipeline.Operands:

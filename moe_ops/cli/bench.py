@@ -2,24 +2,23 @@
 
 import argparse
 import datetime
+import importlib.metadata
 import json
-import math
 import sys
+from pathlib import Path
 
 import torch
 
-from moe_ops.arguments import Arguments
+import moe_ops
+from moe_ops.cli import plots, table
+from moe_ops.cli.calls import ROUTINGS, SHAPES, TOKENS, make_calls, parse_shape
+from moe_ops.cli.measure import OURS, measure, start_session
+from moe_ops.cli.peers import PEERS
+from moe_ops.cli.progress import Progress
+from moe_ops.cli.recorded import beside, load_peers
 
-# (E, top_k, H, I): models people serve, and what one rank of a parallel deployment sees of them.
-SHAPES = {
-    "mixtral-8x7b": (8, 2, 4096, 14336),
-    "qwen3-30b-a3b": (128, 8, 2048, 768),
-    "deepseek-v3-tp8": (256, 8, 7168, 256),
-    "deepseek-v3-ep": (32, 1, 7168, 2048),
-    "gpt-oss-20b": (32, 4, 2880, 2880),
-}
-TOKENS = (1, 16, 64, 256, 1024, 4096, 16384)
-VARIANTS = ("tma", "classic", "grouped_mm")
+DEFAULT_VARIANTS = (*OURS, "grouped_mm")
+_DEVICE = "cuda"
 
 
 def add_parser(commands) -> None:
@@ -29,16 +28,33 @@ def add_parser(commands) -> None:
         help="time the whole op on model shapes",
         description="Times the whole op, from topk_ids to the output, in CUDA graphs with the L2 flushed; variants, "
         "a cuBLAS product and a read-only stream take turns in every round, since the card's clocks follow its power. "
-        "The limit of a cell is the larger of its FLOPs over that cuBLAS rate and its bytes over that stream.",
+        "The limit of a cell is the larger of its FLOPs over that cuBLAS rate and its bytes over that stream; the "
+        "padded limit counts the FLOPs of the padding rows too. Each variant's result is compared with ours first.",
     )
-    parser.add_argument("--shape", action="append", choices=SHAPES, help="a model shape; repeatable (default: all)")
+    shapes = f"one of {', '.join(SHAPES)}, or E,TOPK,H,I; repeatable (default: all named)"
+    parser.add_argument("--shape", action="append", type=_shape, metavar="SHAPE", help=shapes)
     parser.add_argument("--tokens", type=_tokens, default=TOKENS, help="token counts, comma-separated")
-    parser.add_argument("--variant", action="append", choices=VARIANTS, help="repeatable (default: all)")
+    parser.add_argument(
+        "--routing", action="append", choices=ROUTINGS, help="how tokens choose experts; repeatable (default: uniform)"
+    )
+    variants = f"{', '.join((*OURS, *PEERS))}; repeatable (default: {' '.join(DEFAULT_VARIANTS)})"
+    parser.add_argument("--variant", action="append", choices=(*OURS, *PEERS), metavar="NAME", help=variants)
+    parser.add_argument("--peers", action="store_true", help="add every peer that can be imported")
+    parser.add_argument("--recorded", metavar="FILE", help="show the best of the peers recorded in FILE")
+    parser.add_argument("--stages", action="store_true", help="time route, up, down and combine alone too")
     parser.add_argument("--dtype", choices=("bfloat16", "float16"), default="bfloat16")
     parser.add_argument("--rounds", type=_rounds, default=15, help="samples per cell and variant")
     parser.add_argument("--eager", action="store_true", help="time eager calls instead of CUDA graphs")
-    parser.add_argument("--json", metavar="FILE", help="write everything measured to FILE")
+    parser.add_argument("--json", metavar="FILE", help="write everything measured to FILE, after every cell")
+    parser.add_argument("--plot", metavar="DIR", help="write plots to DIR (needs matplotlib)")
     parser.set_defaults(run=run)
+
+
+def _shape(text: str) -> tuple[str, tuple[int, int, int, int]]:
+    try:
+        return parse_shape(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def _tokens(text: str) -> tuple[int, ...]:
@@ -59,105 +75,119 @@ def _rounds(text: str) -> int:
 
 def run(options: argparse.Namespace) -> int:
     """Runs the command."""
-    if not torch.cuda.is_available():
-        print("bench needs a CUDA device, and torch sees none", file=sys.stderr)
+    # All that can be wrong is found before minutes of measuring.
+    try:
+        variants, unavailable = choose_variants(options)
+        peers = check_options(options, variants)
+    except ValueError as error:
+        print(f"python -m moe_ops bench: error: {error}", file=sys.stderr)
         return 2
-    import triton
-
-    from moe_ops.cli.harness import Ceilings
-
-    ceilings = Ceilings()
-    record = {
-        "device": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "date": datetime.date.today().isoformat(),
-        "dtype": options.dtype,
-        "mode": "eager" if options.eager else "graph",
-        "cells": [],
-    }
-    variants = options.variant or list(VARIANTS)
-    print(" ".join(f"{key}={value}" for key, value in record.items() if key != "cells"))
-    print(f"{'shape':16s} {'M':>6s} " + " ".join(f"{name + ' ms':>14s}" for name in variants) + "   limit ms  of limit")
-    for shape in options.shape or SHAPES:
-        for args in _calls(shape, options):
-            cell = _measure(shape, args, variants, ceilings, options)
-            record["cells"].append(cell)
-            times = " ".join(_cell_text(cell["ms"].get(name)) for name in variants)
-            best = min((cell["ms"][name] for name in variants[:2] if cell["ms"].get(name)), default=math.nan)
-            print(
-                f"{shape:16s} {cell['tokens']:6d} {times}   {cell['limit_ms']:8.3f}  {cell['limit_ms'] / best:8.2f}",
-                flush=True,
-            )
-            for name, error in cell["errors"].items():
-                print(f"    {name}: {error}", file=sys.stderr)
-    if options.json:
-        with open(options.json, "w") as file:
-            json.dump(record, file, indent=1)
+    if not torch.cuda.is_available():
+        print("python -m moe_ops bench: error: it needs a CUDA device, and torch sees none", file=sys.stderr)
+        return 2
+    shapes = dict(options.shape or SHAPES)
+    routings = list(dict.fromkeys(options.routing or ["uniform"]))
+    record = _head(options, variants, unavailable)
+    with Progress(len(shapes) * len(routings) * len(options.tokens)) as progress:
+        progress.say(" ".join(f"{key}={value}" for key, value in record.items() if isinstance(value, str)))
+        for name, reason in unavailable.items():
+            progress.say(f"not measured: {name}: {reason}")
+        progress.say(table.header(variants, recorded=peers is not None))
+        session = start_session(options.rounds, graph=not options.eager)
+        for shape, sizes in shapes.items():
+            for routing, args in make_calls(sizes, options.tokens, routings, getattr(torch, options.dtype), _DEVICE):
+                progress.begin(f"{shape} {routing} M={args.hidden_states.shape[0]}")
+                cell = {"shape": shape, "sizes": sizes, "routing": routing}
+                cell |= measure(args, variants, session, stages=options.stages)
+                if peers is not None:
+                    cell["recorded"] = beside(cell, peers)
+                record["cells"].append(cell)
+                _say(cell, variants, progress, recorded=peers is not None)
+                if options.json:
+                    Path(options.json).write_text(json.dumps(record, indent=1))
+                progress.advance()
+    print(table.differences(record["cells"]))
+    if options.plot:
+        for file in plots.plot(record, options.plot):
+            print(file)
     return 0
 
 
-def _cell_text(milliseconds: float | None) -> str:
-    return f"{'-' if milliseconds is None else f'{milliseconds:.4f}':>14s}"
+def choose_variants(options: argparse.Namespace) -> tuple[list[str], dict[str, str]]:
+    """What will be timed, and why the rest of what was asked for will not.
+
+    Raises:
+        ValueError: nothing of it can run.
+    """
+    asked = list(dict.fromkeys(options.variant or DEFAULT_VARIANTS))
+    if options.peers:
+        asked += [name for name in PEERS if name not in asked]
+    unavailable = {name: reason for name in asked if name in PEERS and (reason := PEERS[name].obstacle())}
+    variants = [name for name in asked if name not in unavailable]
+    if not variants:
+        raise ValueError("nothing to time: " + "; ".join(f"{name}: {why}" for name, why in unavailable.items()))
+    return variants, unavailable
 
 
-def _calls(shape: str, options: argparse.Namespace):
-    """The calls of a shape, one per token count, over one set of weights."""
-    from moe_ops.testing import random_inputs
+def check_options(options: argparse.Namespace, variants: list[str]) -> dict | None:
+    """Checks options that argparse cannot check alone, and makes the folder of plots; returns the recorded peers.
 
-    experts, top_k, hidden, intermediate = SHAPES[shape]
-    sizes = {"hidden": hidden, "intermediate": intermediate, "experts": experts, "top_k": top_k}
-    common = {"dtype": getattr(torch, options.dtype), "device": "cuda"}
-    weights = random_inputs(num_tokens=1, **sizes, **common)
-    for tokens in options.tokens:
-        args = _typical_routing(tokens, sizes | {"intermediate": 8}, common)  # its weights are thrown away
-        args.w1, args.w2 = weights.w1, weights.w2
-        yield args
+    Raises:
+        ValueError: the options do not go together, or a file or folder cannot be used.
+    """
+    if options.eager and (options.stages or options.recorded):
+        name = "--stages" if options.stages else "--recorded"
+        raise ValueError(f"{name} is about CUDA graphs; leave out --eager")
+    if options.stages and not set(OURS) & set(variants):
+        raise ValueError(f"--stages times paths of ours; add --variant {OURS[0]}")
+    if options.json and (Path(options.json).is_dir() or not Path(options.json).absolute().parent.is_dir()):
+        raise ValueError(f"--json {options.json} cannot be written: it is a folder, or in one that is not there")
+    if options.plot:
+        if not plots.available():
+            raise ValueError(plots.MISSING)
+        try:
+            Path(options.plot).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"--plot {options.plot} is not a folder: {error.strerror}") from error
+    if not options.recorded:
+        return None
+    peers = load_peers(options.recorded)
+    if peers["dtype"] != options.dtype:
+        raise ValueError(f"--recorded {options.recorded} holds times in {peers['dtype']}, not {options.dtype}")
+    return peers
 
 
-def _typical_routing(tokens: int, sizes: dict, common: dict) -> Arguments:
-    """Uniform random routing that meets as many experts as can be expected: with few tokens their bytes decide."""
-    from moe_ops.testing import random_inputs
+def _head(options: argparse.Namespace, variants: list[str], unavailable: dict[str, str]) -> dict:
+    import triton
 
-    experts, top_k = sizes["experts"], sizes["top_k"]
-    expected = round(experts * (1 - (1 - top_k / experts) ** tokens))
-    for seed in range(1000):
-        args = random_inputs(num_tokens=tokens, **sizes, **common, seed=seed)
-        if args.topk_ids.unique().numel() == expected:
-            return args
-    raise RuntimeError(f"no routing of {tokens} tokens in 1000 meets {expected} of {experts} experts")
-
-
-def _measure(shape: str, args: Arguments, variants, ceilings, options) -> dict:
-    from moe_ops.cli.harness import time_round_robin
-    from moe_ops.cli.peers import grouped_mm
-
-    op = torch.ops.moe_ops.fused_moe_tma
-    tensors = tuple(args.tensors().values())
-    calls = {
-        name: (lambda: grouped_mm(args)) if name == "grouped_mm" else (lambda path=name: op(*tensors, path=path))
-        for name in variants
-    }
-    with torch.no_grad():
-        timings = time_round_robin(calls | ceilings.variants, options.rounds, graph=not options.eager)
-    teraflops = ceilings.teraflops(timings.median("cublas"))
-    gigabytes = ceilings.gigabytes(timings.median("stream"))
-    routes = args.topk_ids.numel()
-    flops = 2 * routes * (args.w1[0].numel() + args.w2[0].numel())
-    touched = args.topk_ids.unique().numel() * (args.w1[0].nbytes + args.w2[0].nbytes)
-    limits = {
-        "flops": flops / teraflops / 1e9,
-        "bytes": (touched + 2 * args.hidden_states.nbytes) / gigabytes / 1e6,
-    }
     return {
-        "shape": shape,
-        "tokens": args.hidden_states.shape[0],
-        "experts_met": args.topk_ids.unique().numel(),
-        "ms": {name: timings.median(name) for name in variants},
-        "spread_ms": {name: [min(samples), max(samples)] for name, samples in timings.rounds.items()},
-        "errors": timings.errors,
-        "cublas_tflops": teraflops,
-        "stream_gbs": gigabytes,
-        "limit_ms": max(limits.values()),
-        "bound": max(limits, key=limits.get),
+        "device": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "moe_ops": moe_ops.__version__,
+        "date": datetime.date.today().isoformat(),
+        "dtype": options.dtype,
+        "mode": "eager" if options.eager else "graph",
+        "variants": {name: _versions(name) for name in variants},
+        "unavailable": unavailable,
+        "cells": [],
     }
+
+
+def _versions(variant: str) -> dict[str, str]:
+    """Of the packages behind a variant, where they say."""
+    packages = {module.split(".")[0] for module in PEERS[variant].modules} if variant in PEERS else ()
+    versions = {}
+    for package in sorted(packages):
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = "unknown"
+    return versions
+
+
+def _say(cell: dict, variants: list[str], progress: Progress, *, recorded: bool) -> None:
+    for line in (table.row(cell, variants, recorded=recorded), *table.stage_lines(cell)):
+        progress.say(line)
+    for name, error in cell["errors"].items():
+        progress.say(f"    {name}: {error}", file=sys.stderr)

@@ -1,8 +1,10 @@
 """Timing on a power-limited card: every variant in every round, the ceilings too, and fractions of the same rounds."""
 
+import contextlib
 import statistics
 import time
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -12,21 +14,21 @@ _STREAM_BYTES = 2 * 2**30
 _MATMUL = 8192
 _EAGER_CALLS = 50
 
+Call = Callable[[], object]
+
 
 @dataclass
 class Timings:
-    """Milliseconds of each variant, one per round.
+    """Milliseconds of what was timed, one sample per round.
 
     Attributes:
-        rounds: samples by variant.
-        errors: why a variant could not be timed.
+        rounds: samples by name.
     """
 
     rounds: dict[str, list[float]] = field(default_factory=dict)
-    errors: dict[str, str] = field(default_factory=dict)
 
     def median(self, name: str) -> float | None:
-        """Median milliseconds of a variant, None where there are none."""
+        """Median milliseconds, None where there are no samples."""
         samples = self.rounds.get(name)
         return statistics.median(samples) if samples else None
 
@@ -61,54 +63,125 @@ class Ceilings:
         return _STREAM_BYTES / milliseconds / 1e6
 
 
-def capture(call: Callable[[], object]) -> Callable[[], None]:
-    """Warms a call up and captures it in a CUDA graph; returns its replay."""
+class L2Flush:
+    """Writes 256 MB, so that what is timed next finds nothing of its own in the L2."""
+
+    def __init__(self) -> None:
+        """Allocates what is written."""
+        self._memory = torch.empty(_FLUSH_BYTES // 4, dtype=torch.int32, device="cuda")
+
+    def __call__(self) -> None:
+        """Enqueues the write."""
+        self._memory.zero_()
+
+
+@dataclass
+class Captured:
+    """A captured call: replays its CUDA graph and returns the captured result, which the replay wrote anew.
+
+    Attributes:
+        graph: the graph.
+        result: what the call returned under capture.
+        keep: the call. A graph keeps alive what was allocated under its capture, not the operands that the call holds.
+    """
+
+    graph: "torch.cuda.CUDAGraph"
+    result: object
+    keep: object
+
+    def __call__(self) -> object:
+        """Replays."""
+        self.graph.replay()
+        return self.result
+
+
+def capture(call: Call) -> Captured:
+    """Warms a call up and captures it in a CUDA graph.
+
+    Raises:
+        RuntimeError: the call makes the host wait for the device.
+    """
+    with _side_stream():
+        call()
+        # What waits cannot be captured, and an attempt would leave the allocator inside a broken capture.
+        with _no_waiting():
+            call()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = call()
+    return Captured(graph, result, keep=call)
+
+
+def capture_stages(start: Callable[[], Iterator[str]]) -> dict[str, Captured]:
+    """Captures each stage of a call in a CUDA graph of its own.
+
+    Args:
+        start: begins a call whose every `next` launches one stage and yields its name.
+
+    Returns:
+        Replays by name, in order. They share the workspaces of one call: a stage works on what the last replay of the
+        one before it wrote.
+    """
+    with _side_stream():
+        names = list(start())
+    running = start()
+    stages = {}
+    # Not a step further than the last name: the end of the generator is the end of the workspaces.
+    for name in names:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            next(running)
+        stages[name] = Captured(graph, None, keep=running)
+    return stages
+
+
+@contextlib.contextmanager
+def _side_stream() -> Iterator[None]:
+    """Runs the block on another stream, where warming up belongs before a capture."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        for _ in range(2):
-            call()
+        yield
     torch.cuda.current_stream().wait_stream(stream)
     torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-    return graph.replay
 
 
-def time_round_robin(variants: dict[str, Callable[[], object]], rounds: int, *, graph: bool = True) -> Timings:
-    """Times variants in turn, with the L2 flushed before each by writing 256 MB.
+@contextlib.contextmanager
+def _no_waiting() -> Iterator[None]:
+    """Makes an error of every operation of torch in the block that makes the host wait for the device."""
+    before = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it warns that it may overlook some
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+
+
+def time_round_robin(calls: dict[str, Call], rounds: int, sample: Callable[[Call], float], between: Call) -> Timings:
+    """Times calls in turn.
 
     Args:
-        variants: what to time, by name.
+        calls: what to time, by name; ready to be called again and again.
         rounds: samples of each.
-        graph: replay CUDA graphs and time on the device; otherwise call eagerly and time by the host's clock.
+        sample: (call) -> milliseconds; `device_milliseconds` or `host_milliseconds`.
+        between: called before each sample; an `L2Flush`.
 
     Returns:
-        The samples. A variant that raises is recorded with its error and left out.
+        The samples.
     """
-    timings = Timings()
-    calls = {}
-    for name, call in variants.items():
-        try:
-            calls[name] = capture(call) if graph else call
-            calls[name]()
-            torch.cuda.synchronize()
-        except Exception as error:
-            timings.errors[name] = f"{type(error).__name__}: {error}"
-            calls.pop(name, None)
-    flush = torch.empty(_FLUSH_BYTES // 4, dtype=torch.int32, device="cuda")
-    sample = _device_milliseconds if graph else _host_milliseconds
+    timings = Timings({name: [] for name in calls})
     for round_number in range(rounds + 1):
         for name, call in calls.items():
-            flush.fill_(round_number)
+            between()
             milliseconds = sample(call)
             if round_number:  # the first round settles clocks and caches
-                timings.rounds.setdefault(name, []).append(milliseconds)
+                timings.rounds[name].append(milliseconds)
     return timings
 
 
-def _device_milliseconds(call: Callable[[], object]) -> float:
+def device_milliseconds(call: Call) -> float:
     """From event to event on the device; the flush before keeps it busy while the host enqueues the call."""
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     start.record()
@@ -118,7 +191,7 @@ def _device_milliseconds(call: Callable[[], object]) -> float:
     return start.elapsed_time(end)
 
 
-def _host_milliseconds(call: Callable[[], object]) -> float:
+def host_milliseconds(call: Call) -> float:
     """What a call costs an eager caller: back-to-back calls by the host's clock, the device's work included."""
     torch.cuda.synchronize()
     start = time.perf_counter()

@@ -4,19 +4,16 @@ import triton
 import triton.language as tl
 
 from moe_ops.kernels.compat import gdc_wait
-from moe_ops.kernels.route import local_experts
 
 
-@triton.jit(do_not_specialize=["factor", "top_k", "num_ids", "num_experts"])
+@triton.jit(do_not_specialize=["factor", "top_k"])
 def combine_kernel(
-    rows_ptr, inverse_ptr, ids_ptr, map_ptr, router_weights_ptr, out_ptr, factor, top_k, num_ids, num_experts, H,
-    stride_rm, stride_om, stride_ok, stride_oh,
+    rows_ptr, inverse_ptr, router_weights_ptr, out_ptr, factor, top_k, H, stride_rm, stride_om, stride_ok, stride_oh,
     UNROLL: tl.constexpr, REDUCE: tl.constexpr, BLOCK_H: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """out[m] = factor * sum_k weight[m, k] * rows[inverse[m, k]], or the summands themselves (not REDUCE).
 
-    A dropped route (inverse -1) contributes exactly 0: neither its weight nor any row is read. Without a sort
-    (no inverse) route r is in row r, and its id says whether it was dropped.
+    A dropped route (inverse -1) contributes exactly 0: neither its weight nor any row is read.
     """
     if PDL:
         gdc_wait()
@@ -29,11 +26,7 @@ def combine_kernel(
         for step in tl.static_range(UNROLL):
             k = first + step
             route = token * top_k + k
-            if inverse_ptr is not None:
-                row = tl.load(inverse_ptr + route, mask=k < top_k, other=-1).to(tl.int64)
-            else:
-                expert = local_experts(ids_ptr, map_ptr, route, k < top_k, num_ids, num_experts)
-                row = tl.where(expert < num_experts, route, -1)
+            row = tl.load(inverse_ptr + route, mask=k < top_k, other=-1).to(tl.int64)
             # Masks compare columns with a bound: the interpreter cannot AND a vector with a scalar condition.
             value = tl.load(rows_ptr + row * stride_rm + columns, mask=columns < tl.where(row >= 0, H, 0), other=0.0)
             value = value.to(tl.float32)

@@ -1,14 +1,14 @@
 """The up and the down GEMM of the experts: one row block of one expert and one block of columns per program.
 
-The rows are the routes sorted by expert, every expert padded to BLOCK_M (`kernels.route`), or, for very few routes and
-without a sort, each route in a block of its own (DIRECT). Both GEMMs share one mainloop; where an operand comes from is
-a constexpr: the weights through a TMA descriptor or pointers of any strides, the rows gathered by pointers (up),
-through a TMA descriptor or by pointers from the sorted workspace (down). SWAP_AB multiplies weights @ rows^T instead of
-rows @ weights^T: the tensor cores' tall operand is then the weights, and a block of 16 rows wastes nothing.
+The rows are the routes sorted by expert, every expert padded to BLOCK_M (`kernels.route`). Both GEMMs share one
+mainloop; where an operand comes from is a constexpr: the weights through a TMA descriptor or pointers of any strides,
+the rows gathered by pointers (up), through a TMA descriptor or by pointers from the sorted workspace (down). SWAP_AB
+multiplies weights @ rows^T instead of rows @ weights^T: the tensor cores' tall operand is then the weights, and a block
+of 16 rows wastes nothing.
 
 PDL (programmatic dependent launch): a kernel may start while its predecessor finishes. It waits before it reads what
 the predecessor wrote, and lets its successor start after its mainloop; earlier, the successor's programs would take
-shared memory from this kernel's last ones. One token's few programs leave room: without a sort it starts at once.
+shared memory from this kernel's last ones.
 
 Boxes of the weight descriptors, so that rows past an expert's last are zero and never the next expert's:
 
@@ -23,13 +23,7 @@ import triton.language as tl
 
 from moe_ops.kernels.activation import activate_gated, nonlinearity
 from moe_ops.kernels.compat import gdc_launch_dependents, gdc_wait
-from moe_ops.kernels.route import local_experts
-
-
-@triton.jit
-def _multiple(n, UNIT: tl.constexpr):
-    """n, a multiple of UNIT, in a form from which the compiler sees it: by itself it knows of multiples of 16 only."""
-    return n // UNIT * UNIT
+from moe_ops.kernels.layout import multiple, weight_rows, weight_strides
 
 
 @triton.jit
@@ -39,43 +33,6 @@ def _tile(pid, num_m, num_n, GROUP_M: tl.constexpr):
     first_m = (pid // width) * GROUP_M
     group = tl.minimum(num_m - first_m, GROUP_M)
     return first_m + (pid % width) % group, (pid % width) // group
-
-
-@triton.jit
-def _row_block(pid_m, ids_ptr, map_ptr, sorted_routes_ptr, tile_experts_ptr, num_routes, num_ids,
-               num_experts, BLOCK_M: tl.constexpr, DIRECT: tl.constexpr):  # fmt: skip
-    """(expert, first workspace row, rows, their routes, which of them are real); expert num_experts if it is none."""
-    offsets = tl.arange(0, BLOCK_M)
-    if DIRECT:
-        expert = local_experts(ids_ptr, map_ptr, pid_m, pid_m < num_routes, num_ids, num_experts)
-        return expert, pid_m, pid_m + offsets, pid_m + offsets, offsets == 0
-    else:
-        rows = pid_m * BLOCK_M + offsets
-        routes = tl.load(sorted_routes_ptr + rows)
-        return tl.load(tile_experts_ptr + pid_m), pid_m * BLOCK_M, rows, routes, routes < num_routes
-
-
-@triton.jit
-def _weight_rows(n, I, BLOCK_N: tl.constexpr, HALVES: tl.constexpr, COLUMNS: tl.constexpr):
-    """Rows of one expert's weight that a tile multiplies, and which of them exist. [COLUMNS]
-
-    HALVES: BLOCK_N gate rows, then the BLOCK_N up rows I further on.
-    """
-    column = tl.arange(0, COLUMNS)
-    if HALVES:
-        in_half = n + column % BLOCK_N
-        return (column // BLOCK_N) * I + in_half, in_half < I
-    else:
-        return n + column, n + column < I
-
-
-@triton.jit
-def _weight_strides(stride_we, stride_wn, stride_wk, N_MAJOR: tl.constexpr, UNIT: tl.constexpr):
-    """The strides of a weight, all but the innermost known to be multiples of UNIT."""
-    if N_MAJOR:
-        return _multiple(stride_we, UNIT), stride_wn, _multiple(stride_wk, UNIT)
-    else:
-        return _multiple(stride_we, UNIT), _multiple(stride_wn, UNIT), stride_wk
 
 
 @triton.jit
@@ -104,7 +61,7 @@ def _accumulate(a_desc, a_ptrs, a_row, row_mask, stride_ak, w_desc, w_ptr, exper
     """The mainloop: rows @ weights^T over the whole of K, in fp32. [BLOCK_M, COLUMNS]"""
     k_offsets = tl.arange(0, BLOCK_K)
     if w_desc is None:
-        w_rows, w_mask = _weight_rows(n, N, BLOCK_N, HALVES, COLUMNS)
+        w_rows, w_mask = weight_rows(n, N, BLOCK_N, HALVES, COLUMNS)
         w_ptrs = w_ptr + expert.to(tl.int64) * stride_we + w_rows.to(tl.int64)[None, :] * stride_wn
     if SWAP_AB:
         acc = tl.zeros((COLUMNS, BLOCK_M), tl.float32)
@@ -134,17 +91,16 @@ def _accumulate(a_desc, a_ptrs, a_row, row_mask, stride_ak, w_desc, w_ptr, exper
     return acc
 
 
-@triton.jit(do_not_specialize=["num_routes", "num_ids", "num_experts", "top_k", "alpha", "limit"])
+@triton.jit(do_not_specialize=["num_routes", "top_k", "alpha", "limit"])
 def up_kernel(
     x_ptr, w_desc, w_ptr, bias_ptr, router_weights_ptr, act_ptr,
-    ids_ptr, map_ptr, sorted_routes_ptr, tile_experts_ptr, num_padded_ptr,
-    num_routes, num_ids, num_experts, top_k, H, I, alpha, limit,
+    sorted_routes_ptr, tile_experts_ptr, num_padded_ptr, num_routes, top_k, H, I, alpha, limit,
     stride_xm, stride_xk, stride_we, stride_wn, stride_wk, stride_be, stride_am,
     ACTIVATION: tl.constexpr, GATED: tl.constexpr, INTERLEAVED: tl.constexpr,
     HAS_LIMIT: tl.constexpr, H_UNIT: tl.constexpr, I_UNIT: tl.constexpr, X_UNIT: tl.constexpr, W_UNIT: tl.constexpr,
     N_MAJOR: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
-    SWAP_AB: tl.constexpr, DIRECT: tl.constexpr, PDL: tl.constexpr,
+    SWAP_AB: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """act[p] = act(x[token of p] @ w1[e]^T (* router weight) + b1[e]) for the sorted rows p.
 
@@ -153,22 +109,19 @@ def up_kernel(
     """
     HALVES: tl.constexpr = GATED and not INTERLEAVED
     COLUMNS: tl.constexpr = 2 * BLOCK_N if GATED else BLOCK_N
-    H, I, stride_xm = _multiple(H, H_UNIT), _multiple(I, I_UNIT), _multiple(stride_xm, X_UNIT)
-    stride_we, stride_wn, stride_wk = _weight_strides(stride_we, stride_wn, stride_wk, N_MAJOR, W_UNIT)
-    if PDL and not DIRECT:
+    H, I, stride_xm = multiple(H, H_UNIT), multiple(I, I_UNIT), multiple(stride_xm, X_UNIT)
+    stride_we, stride_wn, stride_wk = weight_strides(stride_we, stride_wn, stride_wk, N_MAJOR, W_UNIT)
+    if PDL:
         gdc_wait()
-    num_m = num_routes if DIRECT else tl.load(num_padded_ptr) // BLOCK_M
+    num_m = tl.load(num_padded_ptr) // BLOCK_M
     num_n = tl.cdiv(I, BLOCK_N)
     if tl.program_id(0) >= num_m * num_n:
         return
     pid_m, pid_n = _tile(tl.program_id(0), num_m, num_n, GROUP_M)
-    expert, _, rows, routes, row_mask = _row_block(pid_m, ids_ptr, map_ptr, sorted_routes_ptr, tile_experts_ptr,
-                                                   num_routes, num_ids, num_experts, BLOCK_M, DIRECT)  # fmt: skip
-    if expert >= num_experts:
-        return
-    if PDL and DIRECT:
-        gdc_launch_dependents()
-        gdc_wait()
+    expert = tl.load(tile_experts_ptr + pid_m)
+    rows = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    routes = tl.load(sorted_routes_ptr + rows)
+    row_mask = routes < num_routes
     x_ptrs = x_ptr + (routes // top_k).to(tl.int64)[:, None] * stride_xm
 
     # First row of the tile in w1, and how many rows there are to stop at.
@@ -177,13 +130,13 @@ def up_kernel(
     acc = _accumulate(None, x_ptrs, 0, row_mask, stride_xk, w_desc, w_ptr, expert, n, N, H,
                       stride_we, stride_wn, stride_wk, BLOCK_M, BLOCK_N, BLOCK_K, HALVES, N_MAJOR, COLUMNS,
                       EVEN_K, PRECISION, SWAP_AB)  # fmt: skip
-    if PDL and not DIRECT:
+    if PDL:
         gdc_launch_dependents()
 
     if router_weights_ptr is not None:
         acc *= tl.load(router_weights_ptr + routes, mask=row_mask, other=0.0).to(tl.float32)[:, None]
     if bias_ptr is not None:
-        b_rows, b_mask = _weight_rows(n, N, BLOCK_N, HALVES, COLUMNS)
+        b_rows, b_mask = weight_rows(n, N, BLOCK_N, HALVES, COLUMNS)
         bias = tl.load(bias_ptr + expert.to(tl.int64) * stride_be + b_rows, mask=b_mask, other=0.0)
         acc += bias.to(tl.float32)[None, :]
     if GATED:
@@ -199,40 +152,36 @@ def up_kernel(
              mask=row_mask[:, None] & (columns < I)[None, :])  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["num_routes", "num_ids", "num_experts"])
+@triton.jit(do_not_specialize=["num_routes"])
 def down_kernel(
     act_desc, act_ptr, w_desc, w_ptr, bias_ptr, rows_ptr,
-    ids_ptr, map_ptr, sorted_routes_ptr, tile_experts_ptr, num_padded_ptr,
-    num_routes, num_ids, num_experts, H, I,
+    sorted_routes_ptr, tile_experts_ptr, num_padded_ptr, num_routes, H, I,
     stride_am, stride_we, stride_wn, stride_wk, stride_be, stride_rm,
     H_UNIT: tl.constexpr, I_UNIT: tl.constexpr, W_UNIT: tl.constexpr,
     N_MAJOR: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
-    SWAP_AB: tl.constexpr, DIRECT: tl.constexpr, PDL: tl.constexpr,
+    SWAP_AB: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """rows[p] = act[p] @ w2[e]^T + b2[e] for the sorted rows p. Padding rows are computed with, and never stored."""
-    H, I = _multiple(H, H_UNIT), _multiple(I, I_UNIT)
-    stride_we, stride_wn, stride_wk = _weight_strides(stride_we, stride_wn, stride_wk, N_MAJOR, W_UNIT)
-    if PDL and not DIRECT:
+    H, I = multiple(H, H_UNIT), multiple(I, I_UNIT)
+    stride_we, stride_wn, stride_wk = weight_strides(stride_we, stride_wn, stride_wk, N_MAJOR, W_UNIT)
+    if PDL:
         gdc_wait()
-    num_m = num_routes if DIRECT else tl.load(num_padded_ptr) // BLOCK_M
+    num_m = tl.load(num_padded_ptr) // BLOCK_M
     num_n = tl.cdiv(H, BLOCK_N)
     if tl.program_id(0) >= num_m * num_n:
         return
     pid_m, pid_n = _tile(tl.program_id(0), num_m, num_n, GROUP_M)
-    expert, first_row, rows, _, row_mask = _row_block(pid_m, ids_ptr, map_ptr, sorted_routes_ptr, tile_experts_ptr,
-                                                      num_routes, num_ids, num_experts, BLOCK_M, DIRECT)  # fmt: skip
-    if expert >= num_experts:
-        return
+    expert = tl.load(tile_experts_ptr + pid_m)
+    rows = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    routes = tl.load(sorted_routes_ptr + rows)
+    row_mask = routes < num_routes
     n = pid_n * BLOCK_N
-    if PDL and DIRECT:
-        gdc_launch_dependents()
-        gdc_wait()
     a_ptrs = act_ptr + rows.to(tl.int64)[:, None] * stride_am
-    acc = _accumulate(act_desc, a_ptrs, first_row, row_mask, 1, w_desc, w_ptr, expert, n, H, I,
+    acc = _accumulate(act_desc, a_ptrs, pid_m * BLOCK_M, row_mask, 1, w_desc, w_ptr, expert, n, H, I,
                       stride_we, stride_wn, stride_wk, BLOCK_M, BLOCK_N, BLOCK_K, False, N_MAJOR, BLOCK_N,
                       EVEN_K, PRECISION, SWAP_AB)  # fmt: skip
-    if PDL and not DIRECT:
+    if PDL:
         gdc_launch_dependents()
     columns = n + tl.arange(0, BLOCK_N)
     if bias_ptr is not None:

@@ -8,8 +8,8 @@ class TileConfig:
     """Tile of one grouped GEMM.
 
     Attributes:
-        block_m: rows (routes of one expert) of a tile; the same for both GEMMs, since it is the padding of the
-            sorted order.
+        block_m: rows (routes of one expert) of a tile, the same for both GEMMs, since it is the padding of the
+            sorted order. 1 where each route is multiplied by itself (variant "direct"); all blocks else are 16 or more.
         block_n: output columns of a tile. A gated up projection computes gate and up of each, 2 * block_n rows of w1.
         block_k: step along the reduction.
         group_m: row blocks that sweep the columns together, so that they share a weight tile in L2.
@@ -27,10 +27,10 @@ class TileConfig:
     swap_ab: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("block_m", "block_n", "block_k"):
+        for name, highest in (("block_m", 256), ("block_n", 256), ("block_k", 2048)):
             value = getattr(self, name)
-            if value not in (16, 32, 64, 128, 256):
-                raise ValueError(f"{name} is {value}, expected a power of two from 16 to 256")
+            if not 1 <= value <= highest or value & (value - 1):
+                raise ValueError(f"{name} is {value}, expected a power of two up to {highest}")
         if self.num_warps not in (1, 2, 4, 8, 16):
             raise ValueError(f"num_warps is {self.num_warps}, expected 1, 2, 4, 8 or 16")
         for name, highest in (("num_stages", 8), ("group_m", 256)):

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 from moe_ops.devices import Device
 from moe_ops.problem import Problem
+from moe_ops.routing import TOKEN_ROUTES
 from moe_ops.tuning.config import TileConfig
 from moe_ops.tuning.variants import expected_rows, pingpong_tiles
 
@@ -37,11 +38,13 @@ def tile_configs(
     """
     if variant == "pingpong":
         return pingpong_tiles(problem)
+    if variant == "direct":
+        return _gemv(problem)
     rows_per_expert = 64.0 if batch_invariant else expected_rows(problem)
     if problem.dtype.itemsize == 4:
         up, down = _fp32(rows_per_expert)
     elif path == "tma" and device.shared_memory >= _LARGE_SHARED_MEMORY:
-        up, down = _direct(problem, device) if variant == "direct" else _tma(rows_per_expert, problem)
+        up, down = _tma(rows_per_expert, problem)
     else:
         up, down = _classic(rows_per_expert)
     if not problem.activation.gated:
@@ -50,20 +53,25 @@ def tile_configs(
     return fit(up, device, itemsize, gated=problem.activation.gated), fit(down, device, itemsize, gated=False)
 
 
-def _direct(problem: Problem, device: Device) -> tuple[TileConfig, TileConfig]:
-    """A row block per route: where there are fewer programs than multiprocessors, each needs a deep pipeline.
+def _gemv(problem: Problem) -> tuple[TileConfig, TileConfig]:
+    """Few rows of weights a program: some thousand elements on their way in each of many small programs."""
+    up = _gemv_tile(8 // (2 if problem.activation.gated else 1), 1024, problem.hidden_size, problem.w1_strides)
+    # The rows of a program of the down launch are those of all its slots.
+    slots = min(TOKEN_ROUTES, _power_of_2(problem.top_k))
+    rows, block_k = (16, 128) if slots == TOKEN_ROUTES else (8, 256)
+    down = _gemv_tile(max(1, rows // slots), block_k, problem.intermediate_size, problem.w2_strides)
+    return tuple(replace(t, block_k=max(1, t.block_k * 2 // problem.dtype.itemsize)) for t in (up, down))
 
-    What is in flight has to cover the memory's latency: bytes per program times programs.
-    """
-    up_tiles = problem.num_routes * -(-problem.intermediate_size // 32)
-    down_tiles = problem.num_routes * -(-problem.hidden_size // 64)
-    if up_tiles <= device.num_sms:
-        up = TileConfig(16, 16, 256, 4, 4, 6, True)
-    elif up_tiles <= 4 * device.num_sms:
-        up = TileConfig(16, 32, 128, 4, 4, 4, True)
-    else:
-        up = TileConfig(16, 32, 256, 4, 4, 4, True)
-    return up, TileConfig(16, 64, 128, 4, 4, 6 if down_tiles <= device.num_sms else 3, True)
+
+def _gemv_tile(block_n: int, block_k: int, reduction: int, strides: tuple[int, ...]) -> TileConfig:
+    if strides[2] != 1:  # N-major: whole lines of rows side by side
+        return TileConfig(1, 64, 32)
+    return TileConfig(1, block_n, min(block_k, _power_of_2(reduction)))
+
+
+def _power_of_2(n: int) -> int:
+    """The next power of two; Triton, which has one, may be absent."""
+    return 1 << (n - 1).bit_length()
 
 
 def _tma(rows: float, problem: Problem) -> tuple[TileConfig, TileConfig]:

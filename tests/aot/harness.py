@@ -101,9 +101,9 @@ def compiling(arch: int) -> Iterator[list]:
 
 
 def _forget_kernels() -> None:
-    from moe_ops.kernels import combine, grouped_gemm, pingpong, route
+    from moe_ops.kernels import combine, gemv, grouped_gemm, pingpong, route
 
-    for module in (combine, grouped_gemm, pingpong, route):
+    for module in (combine, gemv, grouped_gemm, pingpong, route):
         for value in vars(module).values():
             if isinstance(value, JITFunction):
                 value.device_caches.clear()

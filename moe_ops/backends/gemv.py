@@ -1,0 +1,75 @@
+"""Launches of the matrix-vector kernels: a token or a few, without a sort, in two launches on every GPU path."""
+
+import triton
+from torch import Tensor
+
+from moe_ops.backends.launch import Launcher, bias_and_stride, dependent, unit, weight_constexprs
+from moe_ops.dispatch import Plan
+from moe_ops.kernels import gemv as kernels
+from moe_ops.problem import Arguments, Problem
+from moe_ops.routing import TOKEN_ROUTES
+
+
+def up(args: Arguments, problem: Problem, plan: Plan, ids: Tensor, expert_map: Tensor | None, router_weights: Tensor,
+       act: Tensor) -> None:  # fmt: skip
+    """act[r] = act(w1[e] @ x[token of r] (* router weight) + b1[e]) for the routes r that are not dropped.
+
+    Args:
+        args: the call.
+        problem: its description.
+        plan: of variant "direct".
+        ids: [M, top_k], contiguous.
+        expert_map: contiguous.
+        router_weights: [M, top_k], contiguous.
+        act: [M * top_k, I]; written.
+    """
+    config, activation, x, w1 = plan.up, problem.activation, args.hidden_states, args.w1
+    bias, stride_be = bias_and_stride(args.w1_bias)
+    Launcher(plan.kernels)(
+        "up", kernels.gemv_up_kernel, problem.num_routes * triton.cdiv(problem.intermediate_size, config.block_n),
+        (x, w1, bias, router_weights if problem.router_weight_on_input else None, act, ids, expert_map,
+         problem.num_routes, problem.num_ids, problem.num_experts, problem.top_k,
+         problem.hidden_size, problem.intermediate_size, problem.alpha or 0.0, problem.limit or 0.0,
+         *x.stride(), *problem.w1_strides, stride_be, act.stride(0)),
+        lambda: {
+            "ACTIVATION": activation.name, "GATED": activation.gated,
+            "INTERLEAVED": problem.gate_up_layout == "interleaved", "HAS_LIMIT": problem.limit is not None,
+            "H_UNIT": unit(problem.hidden_size), "X_UNIT": unit(x.stride(0)), **weight_constexprs(w1),
+            "EVEN_K": problem.hidden_size % config.block_k == 0, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k,
+            "num_warps": config.num_warps, **dependent(plan, follows=False),
+        },
+    )  # fmt: skip
+
+
+def down(args: Arguments, problem: Problem, plan: Plan, ids: Tensor, expert_map: Tensor | None, act: Tensor,
+         router_weights: Tensor | None, out: Tensor) -> None:  # fmt: skip
+    """out[m] = factor * sum_k weight[m, k] * (w2[e] @ act[r] + b2[e]), or the summands with `reduce_topk=False`.
+
+    Args:
+        args: the call.
+        problem: its description.
+        plan: of variant "direct".
+        ids: [M, top_k], contiguous.
+        expert_map: contiguous.
+        act: [M * top_k, I], what `up` wrote.
+        router_weights: [M, top_k], contiguous; None for weights of 1.
+        out: of `problem.out_shape`, any strides; written.
+    """
+    config, w2 = plan.down, args.w2
+    bias, stride_be = bias_and_stride(args.w2_bias)
+    stride_om, stride_ok, stride_oh = (out.stride(0), 0, out.stride(1)) if problem.reduce_topk else out.stride()
+    # The caller's own buffer (`fused_moe_tma_`) is not among what the plan was made from.
+    name = ("down", out.stride(), out.data_ptr() % 16)
+    Launcher(plan.kernels)(
+        name, kernels.gemv_down_kernel, problem.num_tokens * triton.cdiv(problem.hidden_size, config.block_n),
+        (act, w2, bias, router_weights, out, ids, expert_map,
+         problem.routed_scaling_factor, problem.num_ids, problem.num_experts, problem.top_k,
+         problem.hidden_size, problem.intermediate_size,
+         act.stride(0), *problem.w2_strides, stride_be, stride_om, stride_ok, stride_oh),
+        lambda: {
+            "I_UNIT": unit(problem.intermediate_size), **weight_constexprs(w2),
+            "EVEN_K": problem.intermediate_size % config.block_k == 0,
+            "SLOTS": min(TOKEN_ROUTES, triton.next_power_of_2(problem.top_k)), "REDUCE": problem.reduce_topk,
+            "BLOCK_N": config.block_n, "BLOCK_K": config.block_k, "num_warps": config.num_warps, **dependent(plan),
+        },
+    )  # fmt: skip

@@ -1,0 +1,186 @@
+"""One cell: a call by every variant, each checked before it is timed, and what the ceilings say of the times."""
+
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from moe_ops import plans
+from moe_ops.arguments import Arguments
+from moe_ops.cli import harness
+from moe_ops.cli.limits import Rates, stage_report, work_of
+from moe_ops.cli.peers import PEERS
+
+OURS = ("tma", "classic")
+
+# In epsilons of the dtype: more than two right implementations with roundings of their own differ by (normalised rms).
+_TOLERANCE = 2
+
+
+@dataclass(frozen=True)
+class Session:
+    """What all cells of a run share.
+
+    Attributes:
+        rounds: samples of each variant.
+        graph: time CUDA graphs on the device, not eager calls by the host's clock.
+        ceilings: calls by name, ready to be timed: "cublas" and "stream".
+        between: called before each sample.
+        sample: (call) -> milliseconds.
+    """
+
+    rounds: int
+    graph: bool
+    ceilings: Mapping[str, harness.Call]
+    between: harness.Call
+    sample: Callable[[harness.Call], float]
+
+    def ready(self, call: harness.Call) -> harness.Call:
+        """A call as it will be timed."""
+        return harness.capture(call) if self.graph else call
+
+
+@dataclass
+class _Entries:
+    """The variants of a cell that are ready to be timed.
+
+    Attributes:
+        calls: by name; stages as "path.stage".
+        differences: of each variant's result from ours.
+        errors: why something could not be timed.
+    """
+
+    calls: dict[str, harness.Call] = field(default_factory=dict)
+    differences: dict[str, float] = field(default_factory=dict)
+    errors: dict[str, str] = field(default_factory=dict)
+
+    def enter(self, name: str, prepare: Callable[[], dict[str, harness.Call]]) -> None:
+        """Adds what `prepare` gives, or the reason why it gives nothing."""
+        try:
+            self.calls |= prepare()
+        except Exception as error:  # foreign code: whatever it raises is its row's entry, not the end of the run
+            self.errors[name] = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        else:
+            return
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()  # what ran out of memory left it full
+
+
+def start_session(rounds: int, *, graph: bool) -> Session:
+    """Readies ceilings and timers on the current GPU."""
+    ceilings = harness.Ceilings().variants
+    if graph:
+        ceilings = {name: harness.capture(call) for name, call in ceilings.items()}
+    sample = harness.device_milliseconds if graph else harness.host_milliseconds
+    return Session(rounds, graph, ceilings, harness.L2Flush(), sample)
+
+
+@torch.no_grad()
+def measure(args: Arguments, variants: list[str], session: Session, *, stages: bool) -> dict:
+    """Times a call.
+
+    Args:
+        args: the call.
+        variants: what to time: of `OURS` and `PEERS`.
+        session: of the run.
+        stages: time the stages of our paths too.
+
+    Returns:
+        The cell: "ms", "spread_ms", "differences", "errors", rates, limits, and per path of ours what padding adds.
+    """
+    expected = torch.ops.moe_ops.fused_moe_tma(*args.tensors().values())
+    entries = _Entries()
+    for name in variants:
+        entries.enter(name, lambda name=name: {name: _checked(name, args, expected, session, entries)})
+    paths = [name for name in variants if name in OURS and name in entries.calls]
+    if stages:
+        for path in paths:
+            entries.enter(f"{path} stages", lambda path=path: _stages(path, args, expected))
+    timings = harness.time_round_robin(
+        {**entries.calls, **session.ceilings}, session.rounds, session.sample, session.between
+    )
+    return _cell(args, variants, paths, entries, timings)
+
+
+def own_call(args: Arguments, path: str) -> harness.Call:
+    """The op on one of its paths."""
+    op, tensors = torch.ops.moe_ops.fused_moe_tma, tuple(args.tensors().values())
+    return lambda: op(*tensors, path=path)
+
+
+def _checked(name: str, args: Arguments, expected: Tensor, session: Session, entries: _Entries) -> harness.Call:
+    call = session.ready(own_call(args, name) if name in OURS else PEERS[name].prepare(args))
+    entries.differences[name] = _difference(call(), expected)
+    return call
+
+
+def _difference(result: Tensor, expected: Tensor) -> float:
+    """rms of the normalised difference from our result.
+
+    Raises:
+        ValueError: it is more than roundings.
+    """
+    from moe_ops.testing import errors
+
+    difference = errors(result, expected.double()).rms
+    bound = _TOLERANCE * torch.finfo(expected.dtype).eps
+    if not difference <= bound:
+        raise ValueError(f"wrong result: it differs from ours by {difference:.1e} (rms), roundings by {bound:.1e}")
+    return difference
+
+
+def _plan(args: Arguments, path: str) -> tuple:
+    from moe_ops.testing import override
+
+    with override(path=path):
+        return plans.plan(args)
+
+
+def _stages(path: str, args: Arguments, expected: Tensor) -> dict[str, harness.Call]:
+    backend = importlib.import_module(f"moe_ops.backends.{path}")
+    problem, plan = _plan(args, path)
+    out = torch.full_like(expected, float("nan"))
+    stages = harness.capture_stages(lambda: backend.stages(args, problem, plan, out))
+    out.fill_(float("nan"))  # the warming-up wrote it already
+    for replay in stages.values():
+        replay()
+    _difference(out, expected)
+    return {f"{path}.{stage}": replay for stage, replay in stages.items()}
+
+
+def _cell(args: Arguments, variants: list[str], paths: list[str], entries: _Entries, timings: harness.Timings) -> dict:
+    rates = Rates(
+        harness.Ceilings.teraflops(timings.median("cublas")), harness.Ceilings.gigabytes(timings.median("stream"))
+    )
+    work = work_of(args)
+    limit, bound = work.limit(rates)
+    cell = {
+        "tokens": args.hidden_states.shape[0],
+        "experts_met": work.experts_met,
+        "ms": {name: timings.median(name) for name in variants},
+        "spread_ms": {name: [min(samples), max(samples)] for name, samples in timings.rounds.items()},
+        "differences": entries.differences,
+        "errors": entries.errors,
+        "cublas_tflops": rates.teraflops,
+        "stream_gbs": rates.gigabytes,
+        "limit_ms": limit,
+        "bound": bound,
+        "paths": {},
+    }
+    for path in paths:
+        plan = _plan(args, path)[1]
+        padded = work.padded_rows(plan.block_m)
+        cell["paths"][path] = {
+            "variant": plan.variant,
+            "block_m": plan.block_m,
+            "padded_rows": padded,
+            "padded_limit_ms": work.limit(rates, padded)[0],
+        }
+        stages = {
+            name.removeprefix(f"{path}."): timings.median(name) for name in entries.calls if name.startswith(f"{path}.")
+        }
+        if stages:
+            cell["paths"][path]["stages"] = stage_report(work, rates, stages, cell["ms"][path])
+    return cell

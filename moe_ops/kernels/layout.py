@@ -1,0 +1,33 @@
+"""Where a weight's rows lie, and what the compiler has to be told about it."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def multiple(n, UNIT: tl.constexpr):
+    """n, a multiple of UNIT, in a form from which the compiler sees it: by itself it knows of multiples of 16 only."""
+    return n // UNIT * UNIT
+
+
+@triton.jit
+def weight_rows(n, I, BLOCK_N: tl.constexpr, HALVES: tl.constexpr, COLUMNS: tl.constexpr):
+    """Rows of one expert's weight that a tile multiplies, and which of them exist. [COLUMNS]
+
+    HALVES: BLOCK_N gate rows, then the BLOCK_N up rows I further on.
+    """
+    column = tl.arange(0, COLUMNS)
+    if HALVES:
+        in_half = n + column % BLOCK_N
+        return (column // BLOCK_N) * I + in_half, in_half < I
+    else:
+        return n + column, n + column < I
+
+
+@triton.jit
+def weight_strides(stride_we, stride_wn, stride_wk, N_MAJOR: tl.constexpr, UNIT: tl.constexpr):
+    """The strides of a weight, all but the innermost known to be multiples of UNIT."""
+    if N_MAJOR:
+        return multiple(stride_we, UNIT), stride_wn, multiple(stride_wk, UNIT)
+    else:
+        return multiple(stride_we, UNIT), multiple(stride_wn, UNIT), stride_wk

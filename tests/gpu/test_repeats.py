@@ -1,0 +1,67 @@
+"""A thousand calls of every kernel variant give the same bits beside other work; a process each, see repeats.py."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.gpu.repeats import CASES
+
+ROOT = Path(__file__).resolve().parents[2]
+HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
+# From the start of all processes; they take about 20 s together, most of it imports and compilation.
+_SECONDS = 180
+_SECONDS_TO_DIE = 30
+
+
+class Child:
+    """The process of a case, its output in a file."""
+
+    def __init__(self, name: str, log: Path) -> None:
+        self.log = log
+        with log.open("w") as output:
+            command = [sys.executable, "-m", "tests.gpu.repeats", name]
+            self.process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT)
+
+    def finish(self, deadline: float) -> str | None:
+        """Waits for the end; what went wrong, None if nothing did."""
+        try:
+            status = self.process.wait(max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            return f"hangs, or is far too slow; ended after {_SECONDS} s{self.kill()}\n{self._tail()}"
+        return f"exit status {status}\n{self._tail()}" if status else None
+
+    def kill(self) -> str:
+        """Ends the process, and with it its kernels."""
+        self.process.kill()
+        try:
+            self.process.wait(_SECONDS_TO_DIE)
+        except subprocess.TimeoutExpired:
+            return f", but is still there {_SECONDS_TO_DIE} s later"
+        return ""
+
+    def _tail(self) -> str:
+        return self.log.read_text(errors="replace")[-3000:]
+
+
+@pytest.fixture(scope="module")
+def children(request, tmp_path_factory):
+    """(processes of all selected cases, deadline). They start together: each is busy with itself most of its time."""
+    items = [item for item in request.session.items if getattr(item, "function", None) is test_repeats]
+    names = [item.callspec.params["name"] for item in items]
+    folder = tmp_path_factory.mktemp("repeats")
+    processes = {name: Child(name, folder / f"{name}.log") for name in names}
+    yield processes, time.monotonic() + _SECONDS
+    for child in processes.values():
+        child.kill()
+
+
+@pytest.mark.skipif(not HOPPER, reason="the tiles are Hopper's")
+@pytest.mark.parametrize("name", CASES)
+def test_repeats(name, children):
+    processes, deadline = children
+    problem = processes[name].finish(deadline)
+    assert problem is None, f"variant {name}: {problem}"

@@ -1,0 +1,173 @@
+"""Recorded results: scaling, the report's tables, plots. The files in benchmarks/results have to stay readable."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+
+from moe_ops.cli import plots
+from moe_ops.cli.recorded import beside, best_recorded, load_peers, scale
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "benchmarks" / "results"
+PEERS = RESULTS / "2026-11-22-h200-peers-bf16.json"
+WHOLE = RESULTS / "2026-11-22-h200-whole-op-bf16.json"
+EAGER = RESULTS / "2026-11-22-h200-eager-bf16.json"
+
+
+@pytest.fixture(scope="module")
+def report():
+    spec = importlib.util.spec_from_file_location("report", ROOT / "benchmarks" / "report.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def rows(lines) -> list[list[str]]:
+    """The cells of a Markdown table's rows, header first."""
+    table = [line.strip("| ").split(" | ") for line in lines if line.startswith("|")]
+    assert len({len(row) for row in table}) == 1
+    return [table[0], *table[2:]]
+
+
+# Scaling.
+
+
+def test_scale_follows_what_binds_the_cell():
+    peers = {"stream_gbs": 4000.0, "cublas_tflops": {"short": 800.0, "sustained": 700.0}}
+    assert scale({"bound": "bytes", "stream_gbs": 5000.0, "cublas_tflops": 1.0}, peers) == pytest.approx(0.8)
+    assert scale({"bound": "flops", "stream_gbs": 1.0, "cublas_tflops": 790.0}, peers) == pytest.approx(800 / 790)
+    assert scale({"bound": "flops", "stream_gbs": 1.0, "cublas_tflops": 710.0}, peers) == pytest.approx(700 / 710)
+
+
+def test_best_recorded():
+    best = best_recorded(load_peers(PEERS))
+    assert len(best) == 35
+    assert best["qwen3-30b-a3b", 4096] == (pytest.approx(0.736, abs=5e-4), "SGLang 0.5.23, TMA forced")
+
+
+def test_recorded_peers_met_uniform_routing():
+    peers = load_peers(PEERS)
+    cell = next(cell for cell in json.loads(WHOLE.read_text())["cells"] if cell["shape"] == "gpt-oss-20b")
+    assert beside(cell, peers)["scaled_ms"] == pytest.approx(beside(cell, peers)["ms"] * scale(cell, peers))
+    assert beside(cell | {"routing": "zipf"}, peers) is None
+    assert beside(cell | {"shape": "E4-k2-H32-I16"}, peers) is None
+
+
+# Tables.
+
+
+def test_peers_table_of_the_recorded_files(report, capsys):
+    report.main([str(WHOLE), str(PEERS)])
+    out = capsys.readouterr().out
+    assert out.startswith("NVIDIA H200, torch 2.11.0+cu130, triton 3.6.0, 2026-11-22, bfloat16.\n\n")
+    table = rows(out.splitlines())
+    assert table[0] == [
+        "shape", "M", "tma ms", "classic ms", "grouped_mm ms", "of limit", "best recorded peer", "factor", "scaled",
+    ]  # fmt: skip
+    assert len(table) == 36
+    assert table[1] == [
+        "mixtral-8x7b", "1", "0.1798", "0.2598", "0.3542", "0.88", "0.196 vLLM 0.22.1", "1.090", "1.065",
+    ]  # fmt: skip
+    assert "Geometric mean of the plain factors: 1.084; ahead in 33 of 35 cells." in out
+    assert "Geometric mean of the scaled factors: 1.069; ahead in 32 of 35 cells." in out
+
+
+def test_peers_table_of_cells_nobody_recorded(report):
+    ours = json.loads(WHOLE.read_text())
+    first, second = ours["cells"][:2]
+    ours["cells"] = [first | {"tokens": 7}, second | {"routing": "zipf"}]
+    lines = list(report.peers_table(ours, load_peers(PEERS)))
+    assert [row[6:] for row in rows(lines)[1:]] == [["-", "-", "-"]]
+    assert not any("Geometric" in line for line in lines)
+
+
+def test_eager_times_are_not_held_against_graphs(report):
+    with pytest.raises(SystemExit, match="'eager'"):
+        report.main([str(EAGER), str(PEERS)])
+
+
+@pytest.mark.parametrize("arguments", [[], ["skew"], [str(WHOLE)], ["a", "b", "c"]])
+def test_report_explains_itself(report, arguments):
+    with pytest.raises(SystemExit, match=r"report\.py skew OURS"):
+        report.main(arguments)
+
+
+def cell(routing: str, time: float, limit: float, padded_limit: float, padded_rows: int, **facts) -> dict:
+    path = {"variant": "pingpong", "padded_limit_ms": padded_limit, "padded_rows": padded_rows, **facts}
+    return {
+        "shape": "toy", "sizes": [8, 2, 64, 32], "routing": routing, "tokens": 100, "experts_met": 8,
+        "ms": {"tma": time, "classic": 9.0, "vllm": None}, "limit_ms": limit, "paths": {"tma": path, "classic": path},
+    }  # fmt: skip
+
+
+HEAD = {"device": "Fake GPU", "torch": "2", "triton": "3", "date": "today", "dtype": "float16", "mode": "graph"}
+
+
+def test_skew_table(report, capsys, tmp_path):
+    files = [tmp_path / name for name in ("a.json", "b.json")]
+    files[0].write_text(json.dumps(HEAD | {"cells": [cell("uniform", 1.0, 0.8, 1.0, 300)]}))
+    files[1].write_text(json.dumps(HEAD | {"cells": [cell("zipf", 1.5, 0.5, 1.0, 400)]}))
+    report.main(["skew", *map(str, files)])
+    table = rows(capsys.readouterr().out.splitlines())
+    assert table[0][-3:] == ["time / limit", "padding explains", "time / padded limit"]
+    assert table[1] == [
+        "toy", "100", "uniform", "8", "tma pingpong", "1.0000", "1.00", "1.50", "1.25", "1.25", "1.00",
+    ]  # fmt: skip
+    assert table[2] == ["toy", "100", "zipf", "8", "tma pingpong", "1.5000", "1.50", "2.00", "3.00", "2.00", "1.50"]
+
+
+def test_skew_table_without_uniform(report):
+    table = rows(report.skew_table([HEAD | {"cells": [cell("one", 1.0, 0.8, 1.0, 300)]}]))
+    assert table[1][6] == "-"
+
+
+def test_stages_table(report):
+    gemm = {"us": 10.0, "tflops": 640.0, "of_cublas": 0.8, "of_limit": 0.9, "bound": "flops"}
+    stages = {"up": gemm, "down": gemm, "op_over_stages": 1.06}
+    sorted_stages = stages | {"route": {"us": 3.0}, "combine": {"us": 4.0, "gbs": 3800.0, "of_stream": 0.95}}
+    cells = [
+        cell("uniform", 1.0, 0.8, 1.0, 300, stages=sorted_stages),
+        cell("uniform", 1.0, 0.8, 1.0, 300, stages=stages),
+        cell("uniform", 1.0, 0.8, 1.0, 300),
+    ]
+    table = rows(report.stages_table(HEAD | {"cells": cells}))
+    assert len(table) == 1 + 2 * 2
+    assert table[1][3:] == [
+        "tma pingpong", "3.0", "10.0", "640", "0.80", "0.90", "10.0", "640", "0.80", "0.90", "4.0", "0.95", "1.06",
+    ]  # fmt: skip
+    assert table[3][4] == table[3][-2] == "-"
+    assert len(rows(report.stages_table(json.loads(WHOLE.read_text())))) == 1
+
+
+# Plots.
+
+
+@pytest.mark.parametrize(("file", "peers"), [(WHOLE, [str(PEERS)]), (WHOLE, []), (EAGER, [])], ids=lambda value: "")
+def test_plots_of_the_recorded_files(report, capsys, tmp_path, file, peers):
+    pytest.importorskip("matplotlib")
+    report.main(["plot", str(file), str(tmp_path), *peers])
+    files = sorted(tmp_path.iterdir())
+    assert len(files) == 5 and capsys.readouterr().out.count(".png") == 5
+    assert all(file.read_bytes().startswith(b"\x89PNG") for file in files)
+
+
+def test_plot_says_what_is_recorded():
+    pytest.importorskip("matplotlib")
+    peers, record = load_peers(PEERS), json.loads(WHOLE.read_text())
+    cells = record["cells"][:7]
+    for one in cells:
+        one["recorded"] = beside(one, peers)
+    cells[3]["ms"]["grouped_mm"] = None
+    figure = plots._figure(record, "mixtral-8x7b", cells)
+    latency, fraction = figure.axes
+    lines = {line.get_label(): line for line in latency.get_lines()}
+    recorded = [label for label in lines if "recorded" in label]
+    assert len(recorded) == 2 and all(lines[label].get_linestyle() == "--" for label in recorded)
+    assert len(lines["tma"].get_xdata()) == 7 and len(lines["grouped_mm"].get_xdata()) == 6
+    assert (latency.get_xscale(), latency.get_yscale()) == ("log", "log")
+    reached = next(line for line in fraction.get_lines() if line.get_label() == "tma").get_ydata()
+    assert reached[0] == pytest.approx(cells[0]["limit_ms"] / cells[0]["ms"]["tma"])
+    for words in ("mixtral-8x7b", "NVIDIA H200", "torch 2.11.0", "triton 3.6.0", "2026-11-22"):
+        assert words in figure.get_suptitle()
