@@ -9,9 +9,9 @@ from torch import Tensor
 from triton.experimental.gluon.language import NVMMASharedLayout
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from moe_ops.backends.launch import Launcher, dependent
+from moe_ops.backends.launch import Launcher
 from moe_ops.dispatch import Plan
-from moe_ops.kernels.pingpong import narrow_columns, pingpong_kernel
+from moe_ops.kernels.pingpong import pingpong_kernel
 from moe_ops.problem import Arguments, Problem
 from moe_ops.routing import Routing
 
@@ -66,9 +66,7 @@ def _launch(x: Tensor | None, act: Tensor | None, weight: Tensor, bias: Tensor |
             **constexprs) -> None:  # fmt: skip
     config = plan.up if name == "up" else plan.down
     columns = config.block_n * 2 if GATED else config.block_n
-    box = columns
-    if GATED and not INTERLEAVED:
-        box = narrow_columns(out.shape[1], config.block_n, _BOX) or columns // 2
+    box = columns // 2 if GATED and not INTERLEAVED else columns
     if bias is not None and bias.stride(1) != 1:
         bias = bias.contiguous()
     Launcher(plan.kernels)(
@@ -84,7 +82,7 @@ def _launch(x: Tensor | None, act: Tensor | None, weight: Tensor, bias: Tensor |
             "N": out.shape[1], "TOP_K": problem.top_k, "GATED": GATED, "INTERLEAVED": INTERLEAVED, **constexprs,
             "N_MAJOR": weight.stride(2) != 1, "PROXY_FENCE": PROXY_FENCE, "BLOCK_M": config.block_m,
             "BLOCK_N": config.block_n, "BLOCK_K": config.block_k, "GROUP_M": config.group_m,
-            "STAGES": config.num_stages, "num_warps": config.num_warps, **dependent(plan),
+            "STAGES": config.num_stages, "num_warps": config.num_warps,
         },
     )  # fmt: skip
 

@@ -95,7 +95,7 @@ def _up(args, problem: Problem, plan: Plan, operands: Operands, routing: Routing
     Launcher(plan.kernels)(
         "up", up_kernel, plan.max_tiles * triton.cdiv(problem.intermediate_size, config.block_n),
         (args.hidden_states, operands.w1_desc, None if operands.w1_desc is not None else w1, bias,
-         router_weights if problem.router_weight_on_input else None, act, *routing[:3],
+         router_weights if problem.router_weight_on_input else None, act, *routing[:2],
          problem.num_routes, problem.top_k,
          problem.hidden_size, problem.intermediate_size, problem.alpha or 0.0, problem.limit or 0.0,
          *args.hidden_states.stride(), *problem.w1_strides, stride_be, act.stride(0)),
@@ -114,7 +114,7 @@ def _down(args, problem: Problem, plan: Plan, operands: Operands, routing: Routi
     Launcher(plan.kernels)(
         "down", down_kernel, plan.max_tiles * triton.cdiv(problem.hidden_size, config.block_n),
         (operands.act_desc, act, operands.w2_desc, None if operands.w2_desc is not None else w2, bias, rows,
-         *routing[:3], problem.num_routes,
+         *routing[:2], problem.num_routes,
          problem.hidden_size, problem.intermediate_size,
          act.stride(0), *problem.w2_strides, stride_be, rows.stride(0)),
         lambda: {

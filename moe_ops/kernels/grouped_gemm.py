@@ -6,6 +6,9 @@ the rows gathered by pointers (up), through a TMA descriptor or by pointers from
 multiplies weights @ rows^T instead of rows @ weights^T: the tensor cores' tall operand is then the weights, and a block
 of 16 rows wastes nothing.
 
+The grid is for as many row blocks as there can be; where one is not there, it has no expert. To load the number of
+blocks first would put another trip to memory before the first weights.
+
 PDL (programmatic dependent launch): a kernel may start while its predecessor finishes. It waits before it reads what
 the predecessor wrote, and lets its successor start after its mainloop; earlier, the successor's programs would take
 shared memory from this kernel's last ones.
@@ -94,7 +97,7 @@ def _accumulate(a_desc, a_ptrs, a_row, row_mask, stride_ak, w_desc, w_ptr, exper
 @triton.jit(do_not_specialize=["num_routes", "top_k", "alpha", "limit"])
 def up_kernel(
     x_ptr, w_desc, w_ptr, bias_ptr, router_weights_ptr, act_ptr,
-    sorted_routes_ptr, tile_experts_ptr, num_padded_ptr, num_routes, top_k, H, I, alpha, limit,
+    sorted_routes_ptr, tile_experts_ptr, num_routes, top_k, H, I, alpha, limit,
     stride_xm, stride_xk, stride_we, stride_wn, stride_wk, stride_be, stride_am,
     ACTIVATION: tl.constexpr, GATED: tl.constexpr, INTERLEAVED: tl.constexpr,
     HAS_LIMIT: tl.constexpr, H_UNIT: tl.constexpr, I_UNIT: tl.constexpr, X_UNIT: tl.constexpr, W_UNIT: tl.constexpr,
@@ -113,12 +116,11 @@ def up_kernel(
     stride_we, stride_wn, stride_wk = weight_strides(stride_we, stride_wn, stride_wk, N_MAJOR, W_UNIT)
     if PDL:
         gdc_wait()
-    num_m = tl.load(num_padded_ptr) // BLOCK_M
     num_n = tl.cdiv(I, BLOCK_N)
-    if tl.program_id(0) >= num_m * num_n:
-        return
-    pid_m, pid_n = _tile(tl.program_id(0), num_m, num_n, GROUP_M)
+    pid_m, pid_n = _tile(tl.program_id(0), tl.num_programs(0) // num_n, num_n, GROUP_M)
     expert = tl.load(tile_experts_ptr + pid_m)
+    if expert < 0:
+        return
     rows = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     routes = tl.load(sorted_routes_ptr + rows)
     row_mask = routes < num_routes
@@ -155,7 +157,7 @@ def up_kernel(
 @triton.jit(do_not_specialize=["num_routes"])
 def down_kernel(
     act_desc, act_ptr, w_desc, w_ptr, bias_ptr, rows_ptr,
-    sorted_routes_ptr, tile_experts_ptr, num_padded_ptr, num_routes, H, I,
+    sorted_routes_ptr, tile_experts_ptr, num_routes, H, I,
     stride_am, stride_we, stride_wn, stride_wk, stride_be, stride_rm,
     H_UNIT: tl.constexpr, I_UNIT: tl.constexpr, W_UNIT: tl.constexpr,
     N_MAJOR: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
@@ -167,12 +169,11 @@ def down_kernel(
     stride_we, stride_wn, stride_wk = weight_strides(stride_we, stride_wn, stride_wk, N_MAJOR, W_UNIT)
     if PDL:
         gdc_wait()
-    num_m = tl.load(num_padded_ptr) // BLOCK_M
     num_n = tl.cdiv(H, BLOCK_N)
-    if tl.program_id(0) >= num_m * num_n:
-        return
-    pid_m, pid_n = _tile(tl.program_id(0), num_m, num_n, GROUP_M)
+    pid_m, pid_n = _tile(tl.program_id(0), tl.num_programs(0) // num_n, num_n, GROUP_M)
     expert = tl.load(tile_experts_ptr + pid_m)
+    if expert < 0:
+        return
     rows = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     routes = tl.load(sorted_routes_ptr + rows)
     row_mask = routes < num_routes

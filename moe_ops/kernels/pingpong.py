@@ -29,15 +29,7 @@ the completed phase before it for the one it wants, and read a stage that is not
 
 Tails. K: TMA fills with zeros past the last column of weights and act, the gather past the last column of x; it takes
 both sides, since 0 * NaN is NaN. N: accumulator columns past the last one come from zeros (gate columns: from rows of
-the up half), and the TMA store clips them. Where a half or a quarter of a tile has all columns that are left, the last
-tile is narrow (`narrow_columns`): it is loaded like the others, since zeros past the end are not fetched, but only its
-first columns are multiplied and stored; their gate and up rows have to be next to each other for that. Rows: padding
-rows come from zeros and are stored like others.
-
-Dependent launch. The four warps that start a program, those of consumer 0, wait for the kernel before (`gdc_wait`), and
-the other warps start after that, so nothing is read too early. What kernels before that one wrote is there as well, for
-it has waited itself before it ended: so every program waits, also one that finds no tile. The successor is released
-first of all: a program leaves it neither shared memory nor registers, so its programs start where one has ended.
+the up half), and the TMA store clips them. Rows: padding rows come from zeros and are stored like others.
 """
 
 import triton
@@ -53,24 +45,13 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from moe_ops.kernels.activation import activate_gated, nonlinearity
-from moe_ops.kernels.compat import block_barrier, cp_async, gdc_launch_dependents, gdc_wait, tma_load, tma_store
+from moe_ops.kernels.compat import block_barrier, cp_async, tma_load, tma_store
 
 # More warps than 12 would cap a thread at 128 registers when the program starts, too few for wgmma of 256 columns.
 _GATHER_WARPS = gl.constexpr(2)
 # Registers of the threads of consumer 1, _gather and _load; consumer 0 gets what is left (232).
 _CONSUMER_REGISTERS = gl.constexpr(216)
 _PRODUCER_REGISTERS = gl.constexpr(56)
-
-
-@gluon.constexpr_function
-def narrow_columns(n, block_n, box):
-    """Columns of out in the narrow last tile, 0 where the last tile is like the others.
-
-    They are whole boxes of the store. Of concatenated gate and up rows a stage then has to hold, in turns, as many of
-    either: gate, up, gate, up. Otherwise all its gate rows come first.
-    """
-    tail = n % block_n
-    return next((columns for columns in (block_n // 4, block_n // 2) if 0 < tail <= columns and columns % box == 0), 0)
 
 
 @gluon.jit
@@ -106,7 +87,6 @@ def _load(ring, rows_desc, weights_desc, tile_experts_ptr, num_padded_ptr, N: gl
     BLOCK_K: gl.constexpr = rows_smem.shape[2]
     COLUMN_DIM: gl.constexpr = 2 if N_MAJOR else 1
     COLUMNS: gl.constexpr = weights_smem.shape[1 + COLUMN_DIM]
-    BOX: gl.constexpr = weights_desc.block_shape[COLUMN_DIM]
     LOADED_ROWS: gl.constexpr = 0 if rows_desc is None else BLOCK_M
     K_STEPS: gl.constexpr = triton.cdiv(K, BLOCK_K)
     # The next tile's expert is fetched while the ring is full, and so costs no time.
@@ -127,17 +107,14 @@ def _load(ring, rows_desc, weights_desc, tile_experts_ptr, num_padded_ptr, N: gl
             mbarrier.expect(bar, (LOADED_ROWS + COLUMNS) * BLOCK_K * (weights_desc.dtype.primitive_bitwidth // 8))
             if rows_desc is not None:
                 tma_load(rows_desc, [block_m * BLOCK_M, k], bar, rows_smem.index(stage))
-            weights = weights_smem.index(stage)
+            box = weights_smem.index(stage)
             if HALVES:
-                for gate_at in gl.static_range(0, COLUMNS, 2 * BOX):
-                    n = block_n * (COLUMNS // 2) + gate_at // 2
-                    gate = weights.slice(gate_at, BOX, dim=COLUMN_DIM)
-                    up = weights.slice(gate_at + BOX, BOX, dim=COLUMN_DIM)
-                    # Past the last gate row are rows of the up half, past those is nothing to fetch.
-                    _load_box(weights_desc, bar, gate, expert, gl.where(n < N, n, 2 * N), k, N_MAJOR)
-                    _load_box(weights_desc, bar, up, expert, N + n, k, N_MAJOR)
+                HALF: gl.constexpr = COLUMNS // 2
+                n = block_n * HALF
+                _load_box(weights_desc, bar, box.slice(0, HALF, dim=COLUMN_DIM), expert, n, k, N_MAJOR)
+                _load_box(weights_desc, bar, box.slice(HALF, HALF, dim=COLUMN_DIM), expert, N + n, k, N_MAJOR)
             else:
-                _load_box(weights_desc, bar, weights, expert, block_n * COLUMNS, k, N_MAJOR)
+                _load_box(weights_desc, bar, box, expert, block_n * COLUMNS, k, N_MAJOR)
             index += 1
             if k_step == PREFETCH_AT:
                 next_expert = gl.load(tile_experts_ptr + gl.maximum(gl.minimum(next_block_m, num_m - 1), 0))
@@ -189,76 +166,59 @@ def _gather(ring, x_ptr, stride_xm, sorted_routes_ptr, num_padded_ptr, num_route
 
 @gluon.jit
 def _consume(CONSUMER: gl.constexpr, ring, turn, out_smem, out_desc, epilogue, num_padded_ptr, N: gl.constexpr,
-             K: gl.constexpr, BLOCK_N: gl.constexpr, GROUP_M: gl.constexpr, UP_AT: gl.constexpr, N_MAJOR: gl.constexpr,
-             ACTIVATION: gl.constexpr, HAS_LIMIT: gl.constexpr, FENCE: gl.constexpr):  # fmt: skip
+             K: gl.constexpr, NUM_N: gl.constexpr, GROUP_M: gl.constexpr, GATED: gl.constexpr,
+             INTERLEAVED: gl.constexpr, N_MAJOR: gl.constexpr, ACTIVATION: gl.constexpr, HAS_LIMIT: gl.constexpr,
+             FENCE: gl.constexpr):  # fmt: skip
     """Every second tile of the program, from step CONSUMER on: the K steps in turn, then the epilogue out of turn."""
-    BLOCK_M: gl.constexpr = out_desc.block_shape[0]
-    NUM_N: gl.constexpr = triton.cdiv(N, BLOCK_N)
-    NARROW: gl.constexpr = narrow_columns(N, BLOCK_N, out_desc.block_shape[1])
-    # Accumulator columns for one of out.
-    PER_COLUMN: gl.constexpr = 2 if UP_AT > 0 else 1
-    out_smem = out_smem.index(CONSUMER)
+    rows_smem, weights_smem, full, empty = ring
+    STAGES: gl.constexpr = rows_smem.shape[0]
+    BLOCK_M: gl.constexpr = rows_smem.shape[1]
+    BLOCK_K: gl.constexpr = rows_smem.shape[2]
+    COLUMNS: gl.constexpr = weights_smem.shape[3 if N_MAJOR else 2]
+    BLOCK_N: gl.constexpr = COLUMNS // 2 if GATED else COLUMNS
+    K_STEPS: gl.constexpr = triton.cdiv(K, BLOCK_K)
+    LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 16])
     num_m = gl.load(num_padded_ptr) // BLOCK_M
     step = CONSUMER
     number, block_m, block_n = _tile(step, num_m, NUM_N, GROUP_M)
     while number < num_m * NUM_N:
-        if NARROW > 0 and block_n == NUM_N - 1:
-            _store_tile(_multiply(CONSUMER, ring, turn, step, NARROW * PER_COLUMN, K, N_MAJOR, FENCE), out_smem,
-                        out_desc, epilogue, block_m, block_n * BLOCK_N, N, UP_AT, ACTIVATION, HAS_LIMIT)  # fmt: skip
-        else:
-            _store_tile(_multiply(CONSUMER, ring, turn, step, BLOCK_N * PER_COLUMN, K, N_MAJOR, FENCE), out_smem,
-                        out_desc, epilogue, block_m, block_n * BLOCK_N, N, UP_AT, ACTIVATION, HAS_LIMIT)  # fmt: skip
+        first = step * K_STEPS
+        mbarrier.wait(turn.index(CONSUMER), (1 - CONSUMER) ^ ((step // 2) & 1))
+        acc = gl.zeros((BLOCK_M, COLUMNS), gl.float32, LAYOUT)
+        for k_step in range(K_STEPS):
+            index = first + k_step
+            stage = index % STAGES
+            mbarrier.wait(full.index(stage), (index // STAGES) & 1)
+            if FENCE:
+                # cp.async writes through the generic proxy and wgmma reads through the async proxy. The copies complete
+                # behind the back of the gathering threads, so the fence stands here, with the step before it in flight.
+                fence_async_shared()
+            if N_MAJOR:
+                weights = weights_smem.index(stage).reshape((BLOCK_K, COLUMNS))
+            else:
+                weights = weights_smem.index(stage).reshape((COLUMNS, BLOCK_K)).permute((1, 0))
+            pending = warpgroup_mma(rows_smem.index(stage), weights, acc, use_acc=k_step > 0, is_async=True)
+            acc = warpgroup_mma_wait(1, deps=(pending,))
+            if k_step > 0:
+                mbarrier.arrive(empty.index((index + STAGES - 1) % STAGES), count=1)
+        mbarrier.arrive(turn.index(1 - CONSUMER), count=1)
+        acc = warpgroup_mma_wait(0, deps=(acc,))
+        mbarrier.arrive(empty.index((first + K_STEPS + STAGES - 1) % STAGES), count=1)
+        _store_tile(acc, out_smem.index(CONSUMER), out_desc, epilogue, block_m, block_n * BLOCK_N, N, GATED,
+                    INTERLEAVED, ACTIVATION, HAS_LIMIT)  # fmt: skip
         step += 2
         number, block_m, block_n = _tile(step, num_m, NUM_N, GROUP_M)
     tma.store_wait(0)
 
 
 @gluon.jit
-def _multiply(CONSUMER: gl.constexpr, ring, turn, step, COLUMNS: gl.constexpr, K: gl.constexpr, N_MAJOR: gl.constexpr,
-              FENCE: gl.constexpr):  # fmt: skip
-    """The K steps of a tile in the consumer's turn: rows @ the first COLUMNS columns of the weights, in fp32."""
-    rows_smem, weights_smem, full, empty = ring
-    STAGES: gl.constexpr = rows_smem.shape[0]
-    BLOCK_M: gl.constexpr = rows_smem.shape[1]
-    BLOCK_K: gl.constexpr = rows_smem.shape[2]
-    STAGE_COLUMNS: gl.constexpr = weights_smem.shape[3 if N_MAJOR else 2]
-    K_STEPS: gl.constexpr = triton.cdiv(K, BLOCK_K)
-    LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 16])
-    first = step * K_STEPS
-    mbarrier.wait(turn.index(CONSUMER), (1 - CONSUMER) ^ ((step // 2) & 1))
-    acc = gl.zeros((BLOCK_M, COLUMNS), gl.float32, LAYOUT)
-    for k_step in range(K_STEPS):
-        index = first + k_step
-        stage = index % STAGES
-        mbarrier.wait(full.index(stage), (index // STAGES) & 1)
-        if FENCE:
-            # cp.async writes through the generic proxy and wgmma reads through the async proxy. The copies complete
-            # behind the back of the gathering threads, so the fence stands here, with the step before it in flight.
-            fence_async_shared()
-        if N_MAJOR:
-            weights = weights_smem.index(stage).reshape((BLOCK_K, STAGE_COLUMNS))
-        else:
-            weights = weights_smem.index(stage).reshape((STAGE_COLUMNS, BLOCK_K)).permute((1, 0))
-        weights = weights.slice(0, COLUMNS, dim=1)
-        pending = warpgroup_mma(rows_smem.index(stage), weights, acc, use_acc=k_step > 0, is_async=True)
-        acc = warpgroup_mma_wait(1, deps=(pending,))
-        if k_step > 0:
-            mbarrier.arrive(empty.index((index + STAGES - 1) % STAGES), count=1)
-    mbarrier.arrive(turn.index(1 - CONSUMER), count=1)
-    acc = warpgroup_mma_wait(0, deps=(acc,))
-    mbarrier.arrive(empty.index((first + K_STEPS + STAGES - 1) % STAGES), count=1)
-    return acc
-
-
-@gluon.jit
-def _store_tile(acc, out_smem, out_desc, epilogue, block_m, n, N: gl.constexpr, UP_AT: gl.constexpr,
-                ACTIVATION: gl.constexpr, HAS_LIMIT: gl.constexpr):  # fmt: skip
+def _store_tile(acc, out_smem, out_desc, epilogue, block_m, n, N: gl.constexpr, GATED: gl.constexpr,
+                INTERLEAVED: gl.constexpr, ACTIVATION: gl.constexpr, HAS_LIMIT: gl.constexpr):  # fmt: skip
     """Routing weight, bias and activation of a tile in registers, then its columns n and following, box by box."""
     bias_ptr, stride_be, router_weights_ptr, sorted_routes_ptr, tile_experts_ptr, num_routes, alpha, limit = epilogue
     BLOCK_M: gl.constexpr = out_desc.block_shape[0]
     BOX: gl.constexpr = out_desc.block_shape[1]
-    # Boxes of gate columns that follow each other before those of up columns.
-    GATES: gl.constexpr = UP_AT // BOX
+    BOXES: gl.constexpr = acc.shape[1] // (2 * BOX if GATED else BOX)
     row = block_m * BLOCK_M
     if router_weights_ptr is not None:
         routes = gl.load(sorted_routes_ptr + row + gl.arange(0, BLOCK_M, gl.SliceLayout(1, acc.type.layout)))
@@ -266,20 +226,21 @@ def _store_tile(acc, out_smem, out_desc, epilogue, block_m, n, N: gl.constexpr, 
         acc *= weights.to(gl.float32)[:, None]
     if bias_ptr is not None:
         bias_ptr += gl.load(tile_experts_ptr + block_m).to(gl.int64) * stride_be
-    pieces = _pieces(acc, 2 * BOX if UP_AT == 1 else BOX)
-    for box in gl.static_range(acc.shape[1] // (2 * BOX if UP_AT > 0 else BOX)):
+    halves = _halves(acc)
+    quarters = _halves(halves[0]) + _halves(halves[1])
+    for box in gl.static_range(BOXES):
         column = n + box * BOX
-        if UP_AT == 0:
-            y = _add_bias(pieces[box], bias_ptr, column, N)
+        if not GATED:
+            y = _add_bias(quarters[box], bias_ptr, column, N)
             if ACTIVATION is not None:
                 y = nonlinearity(y, ACTIVATION, alpha)
         else:
-            if UP_AT == 1:
-                pairs = _add_bias(pieces[box], bias_ptr, 2 * column, 2 * N)
+            if INTERLEAVED:
+                pairs = _add_bias(halves[box], bias_ptr, 2 * column, 2 * N)
                 gate, up = pairs.reshape((BLOCK_M, BOX, 2)).split()
             else:
-                gate = _add_bias(pieces[box + box // GATES * GATES], bias_ptr, column, N)
-                up = _add_bias(pieces[box + box // GATES * GATES + GATES], bias_ptr, N + column, 2 * N)
+                gate = _add_bias(quarters[box], bias_ptr, column, N)
+                up = _add_bias(quarters[box + 2], bias_ptr, N + column, 2 * N)
             y = activate_gated(gate, up, ACTIVATION, HAS_LIMIT, alpha, limit)
         # The buffer is free once the store before this one has read it.
         tma.store_wait(0)
@@ -288,17 +249,6 @@ def _store_tile(acc, out_smem, out_desc, epilogue, block_m, n, N: gl.constexpr, 
         fence_async_shared()
         block_barrier()
         tma_store(out_desc, [row, column], out_smem)
-
-
-@gluon.jit
-def _pieces(x, COLUMNS: gl.constexpr):
-    """[M, N] -> its pieces of COLUMNS columns: one, two or four."""
-    pieces = (x,)
-    if x.shape[1] > COLUMNS:
-        pieces = _halves(x)
-    if x.shape[1] > 2 * COLUMNS:
-        pieces = _halves(pieces[0]) + _halves(pieces[1])
-    return pieces
 
 
 @gluon.jit
@@ -323,7 +273,6 @@ def pingpong_kernel(
     N: gl.constexpr, K: gl.constexpr, TOP_K: gl.constexpr, ACTIVATION: gl.constexpr, GATED: gl.constexpr,
     INTERLEAVED: gl.constexpr, HAS_LIMIT: gl.constexpr, N_MAJOR: gl.constexpr, PROXY_FENCE: gl.constexpr,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, GROUP_M: gl.constexpr, STAGES: gl.constexpr,
-    PDL: gl.constexpr,
 ):  # fmt: skip
     """out[p, :N] = act(rows[p, :K] @ w[e]^T (* router weight) + bias[e]) for the sorted rows p.
 
@@ -331,13 +280,9 @@ def pingpong_kernel(
     of out, from twice as many rows of w where GATED. N and K are constexpr: a model has one of each, and the order of
     the tiles and the masks of the tails fold away. The boxes of the descriptors are those of `backends.pingpong`.
     """
-    if PDL:
-        gdc_launch_dependents()
     COLUMNS: gl.constexpr = 2 * BLOCK_N if GATED else BLOCK_N
     NUM_N: gl.constexpr = triton.cdiv(N, BLOCK_N)
     HALVES: gl.constexpr = GATED and not INTERLEAVED
-    # From a gate column to its up column in a tile; 0 for no gate.
-    UP_AT: gl.constexpr = weights_desc.block_shape[2 if N_MAJOR else 1] if HALVES else 1 if GATED else 0
     GATHER: gl.constexpr = x_ptr is not None
     DTYPE: gl.constexpr = weights_desc.dtype
     WEIGHTS_BOX: gl.constexpr = [1, BLOCK_K, COLUMNS] if N_MAJOR else [1, COLUMNS, BLOCK_K]
@@ -355,16 +300,14 @@ def pingpong_kernel(
         mbarrier.init(turn.index(i), count=1)
     fence_async_shared()
     block_barrier()
-    if PDL:
-        gdc_wait()
     ring = (rows_smem, weights_smem, full, empty)
     epilogue = (bias_ptr, stride_be, router_weights_ptr, sorted_routes_ptr, tile_experts_ptr, num_routes, alpha, limit)
     # Constexprs must stand in the tuples at the call: a tuple in a variable would turn them into tensors.
     gl.warp_specialize([
-        (_consume, (0, ring, turn, out_smem, out_desc, epilogue, num_padded_ptr, N, K, BLOCK_N, GROUP_M, UP_AT,
-                    N_MAJOR, ACTIVATION, HAS_LIMIT, PROXY_FENCE and GATHER)),
-        (_consume, (1, ring, turn, out_smem, out_desc, epilogue, num_padded_ptr, N, K, BLOCK_N, GROUP_M, UP_AT,
-                    N_MAJOR, ACTIVATION, HAS_LIMIT, PROXY_FENCE and GATHER)),
+        (_consume, (0, ring, turn, out_smem, out_desc, epilogue, num_padded_ptr, N, K, NUM_N, GROUP_M, GATED,
+                    INTERLEAVED, N_MAJOR, ACTIVATION, HAS_LIMIT, PROXY_FENCE and GATHER)),
+        (_consume, (1, ring, turn, out_smem, out_desc, epilogue, num_padded_ptr, N, K, NUM_N, GROUP_M, GATED,
+                    INTERLEAVED, N_MAJOR, ACTIVATION, HAS_LIMIT, PROXY_FENCE and GATHER)),
         (_gather, (ring, x_ptr, stride_xm, sorted_routes_ptr, num_padded_ptr, num_routes, K, NUM_N, GROUP_M, TOP_K)),
         (_load, (ring, rows_desc, weights_desc, tile_experts_ptr, num_padded_ptr, N, K, NUM_N, GROUP_M, HALVES,
                  N_MAJOR)),

@@ -16,6 +16,8 @@ _LARGE_SHARED_MEMORY = 160 * 1024
 
 # I up to which the down GEMM's reduction is short.
 _SHORT_REDUCTION = 1024
+# I up to which an expert has so few columns that a second row block, which reads them again, costs more than padding.
+_SHORT_UP = 512
 
 
 def tile_configs(
@@ -65,7 +67,7 @@ def _gemv(problem: Problem) -> tuple[TileConfig, TileConfig]:
 
 def _gemv_tile(block_n: int, block_k: int, reduction: int, strides: tuple[int, ...]) -> TileConfig:
     if strides[2] != 1:  # N-major: whole lines of rows side by side
-        return TileConfig(1, 64, 32)
+        return TileConfig(1, 32, 32)
     return TileConfig(1, block_n, min(block_k, _power_of_2(reduction)))
 
 
@@ -86,7 +88,7 @@ def _tma(rows: float, problem: Problem) -> tuple[TileConfig, TileConfig]:
         if rows <= 4:
             return TileConfig(16, 32, 256, 4, 4, 3, True), down
         return TileConfig(16, 64, 128, 4, 4, 3, True), down
-    if rows <= 16:
+    if rows <= 16 and problem.intermediate_size > _SHORT_UP:
         return TileConfig(32, 64, 128, 4, 4, 3, True), TileConfig(32, 64, 128, 4, 4, 4, True)
     if rows <= 48:
         return TileConfig(64, 64, 128, 4, 4, 3, True), TileConfig(64, 128, 64, 4, 4, 4, True)

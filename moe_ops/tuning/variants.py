@@ -26,12 +26,13 @@ def expected_rows(problem: Problem) -> float:
 def choose_variant(problem: Problem, device: Device, path: str, *, batch_invariant: bool) -> str:
     """Chooses the kernel variant.
 
-    One token's routes go to different experts as a rule: sorting them saves no weights and costs a launch. Batch
-    invariance asks for one variant whatever the number of tokens.
+    One token's routes go to different experts as a rule: sorting them saves no weights and costs a launch. N-major
+    weights give a thread no piece of a row to multiply, and stay with the tensor cores. Batch invariance asks for one
+    variant whatever the number of tokens.
     """
     if batch_invariant:
         return "sorted"
-    if problem.num_tokens == 1:
+    if problem.num_tokens == 1 and problem.w1_strides[2] == 1 == problem.w2_strides[2]:
         return "direct"
     short = problem.intermediate_size <= _SHORT_REDUCTION
     least = _PINGPONG_ROWS_SHORT if short else _PINGPONG_ROWS

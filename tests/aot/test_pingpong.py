@@ -1,6 +1,5 @@
 """Ahead of time, without a GPU: the ping-pong kernel compiles for Hopper to what is meant, for every option."""
 
-import re
 from dataclasses import replace
 
 import pytest
@@ -10,7 +9,6 @@ pytest.importorskip("triton.experimental.gluon")
 
 from moe_ops.backends import pingpong
 from moe_ops.dispatch import make_plan, row_stride
-from moe_ops.kernels.pingpong import narrow_columns
 from moe_ops.problem import make_problem
 from moe_ops.routing import empty_routing
 from moe_ops.testing import override
@@ -39,44 +37,16 @@ VARIANTS = {
     "silu_no_gate": {"activation": "silu_no_gate"},
     "gelu_no_gate": {"activation": "gelu_no_gate", "bias": True, "apply_router_weight_on_input": True},
     "relu2_no_gate": {"activation": "relu2_no_gate", "n_major": True},
-    "narrow": {"hidden": 2880, "intermediate": 2880, "activation_limit": 7.0},
-    "narrow_float16": {**GPT_OSS, "intermediate": 2880, "gate_up_layout": "concatenated", **FP16},
-    "narrow_n_major": {"hidden": 2880, "intermediate": 2880, "n_major": True, "bias": True},
-    "narrow_n_major_interleaved": {**GPT_OSS, "intermediate": 2880, "n_major": True},
-    "narrow_no_gate": {"hidden": 2880, "intermediate": 2880, "activation": "silu_no_gate", "bias": True, **FP16},
-    "narrow_half": {"hidden": 384, "intermediate": 384, "activation": "relu2_no_gate", "n_major": True},
-    "narrow_half_down": {"hidden": 1400, "intermediate": 168, "apply_router_weight_on_input": True},
-    "narrow_gelu": {"intermediate": 1440, "activation": "gelu", "bias": True, "apply_router_weight_on_input": True},
-    "narrow_gelu_tanh": {"intermediate": 320, "activation": "gelu_tanh", "bias": True},
-    "narrow_gelu_no_gate": {"intermediate": 320, "activation": "gelu_no_gate", "bias": True, **FP16},
-}
-
-# Columns of the last tile's wgmma in the up and the down GEMM, where it is narrow.
-NARROW = {
-    "one_k_step": (128, 64),
-    "gpt_oss": (128, 64),
-    "n_major_interleaved": (None, 64),
-    "narrow": (128, 64),
-    "narrow_float16": (128, 64),
-    "narrow_n_major": (128, 64),
-    "narrow_n_major_interleaved": (128, 64),
-    "narrow_no_gate": (64, 64),
-    "narrow_half": (128, 128),
-    "narrow_half_down": (128, 128),
-    "narrow_gelu": (128, None),
-    "narrow_gelu_tanh": (128, None),
-    "narrow_gelu_no_gate": (64, None),
 }
 
 
-def compile_pair(dependent_launch=True, **options):
+def compile_pair(**options):
     """The up and the down GEMM of a call, compiled."""
     args = make_call(**options)
     problem = make_problem(args)
     with override(variant="pingpong"):
         plan = make_plan(problem, DEVICES[90])
-    assert plan.variant == "pingpong" and plan.dependent_launch
-    plan = replace(plan, dependent_launch=dependent_launch)
+    assert plan.variant == "pingpong"
     routing = empty_routing(args.topk_ids, problem.num_experts, plan.block_m)
     act, rows = (
         args.hidden_states.new_zeros(routing.sorted_routes.numel(), row_stride(columns))[:, :columns]
@@ -85,7 +55,6 @@ def compile_pair(dependent_launch=True, **options):
     with compiling(90) as launches:
         pingpong.up(args, problem, plan, routing, args.topk_weights, act)
         pingpong.down(args, problem, plan, routing, act, rows)
-    assert [kernel.metadata.launch_pdl for _, kernel in launches] == [dependent_launch] * 2
     return [report(name, kernel) for name, (_, kernel) in zip(("up", "down"), launches, strict=True)]
 
 
@@ -93,61 +62,21 @@ def compile_pair(dependent_launch=True, **options):
 def test_variants(name):
     up, down = compile_pair(**VARIANTS[name])
     dtype = "f16" if VARIANTS[name].get("dtype") == torch.float16 else "bf16"
-    for kernel, narrow in zip((up, down), NARROW.get(name, (None, None)), strict=True):
+    for kernel in (up, down):
         assert kernel.spills == 0
         assert not kernel.serialized
         assert kernel.registers == REGISTERS_AT_ENTRY
         assert kernel.shared_memory <= 227 * KIB
         assert kernel.count("setmaxnreg.dec") > 0 < kernel.count("setmaxnreg.inc")
         # Two consumers with one loop each of four instructions: no copy of the loop for the first or the last step.
-        # Another such loop each for the narrow tile, if there is one.
-        wgmma = "wgmma.mma_async.sync.aligned.m64n{}k16.f32." + f"{dtype}.{dtype}"
-        assert kernel.count(wgmma.format(256)) == 8
-        assert kernel.count("wgmma.mma_async") == (8 if narrow is None else 16)
-        assert narrow is None or kernel.count(wgmma.format(narrow)) == 8
+        assert kernel.count(f"wgmma.mma_async.sync.aligned.m64n256k16.f32.{dtype}.{dtype}") == 8
+        assert kernel.count("wgmma.mma_async") == 8
         # Weights by box [1, rows, columns], results by box [rows, columns].
         assert kernel.count("cp.async.bulk.tensor.3d.shared") > 0 < kernel.count("cp.async.bulk.tensor.2d.global")
     # The up GEMM gathers by 16 bytes, the down GEMM takes its rows by TMA.
     assert up.count("cp.async.cg.shared.global") > 0 < up.count("cp.async.mbarrier.arrive.noinc")
     assert up.count("cp.async.ca") == up.count("cp.async.bulk.tensor.2d.shared") == 0
     assert down.count("cp.async.cg") == 0 < down.count("cp.async.bulk.tensor.2d.shared")
-
-
-@pytest.mark.parametrize(
-    ("n", "block_n", "columns"),
-    [
-        (2880, 128, 64),
-        (2880, 256, 64),
-        (1440, 128, 64),
-        (384, 256, 128),
-        (385, 256, 0),
-        (321, 256, 128),
-        (257, 256, 64),
-        (1, 128, 64),
-        (360, 128, 0),
-        (768, 256, 0),
-    ],
-)
-def test_narrow_columns(n, block_n, columns):
-    assert narrow_columns(n, block_n, 64) == columns
-
-
-@pytest.mark.parametrize("options", [{}, {"hidden": 2880, "intermediate": 2880, "bias": True}])
-def test_dependent_launch(options):
-    """The successor is released first; nothing is read before the wait, nor by the warps that start after it."""
-    reads = ("ld.global", "cp.async", "mbarrier.try_wait")
-    for kernel in compile_pair(**options):
-        assert kernel.count("griddepcontrol.launch_dependents") == kernel.count("griddepcontrol.wait") == 1
-        entry, rest = kernel.ptx.split("griddepcontrol.wait")
-        assert entry.index("griddepcontrol.launch_dependents") < entry.index("mbarrier.init")
-        # The first warps meet the others at barrier 1, where those are from their start on, until they get their role.
-        assert not any(read in entry for read in (*reads, "barrier.sync"))
-        before_meeting = rest[: rest.index("barrier.sync")]
-        assert not any(read in before_meeting for read in reads)
-        others = re.search(r"barrier\.sync\s+1;(((?!barrier\.sync).)*)brx\.idx", rest, re.DOTALL)
-        assert others is not None and not any(read in others[1] for read in reads)
-    for kernel in compile_pair(dependent_launch=False, **options):
-        assert kernel.count("griddepcontrol") == 0
 
 
 def test_proxy_fence(monkeypatch):

@@ -62,7 +62,9 @@ def test_pingpong_option(name, dtype):
 
 
 @HOPPER
-@pytest.mark.parametrize("sizes", [(64, 64), (256, 256), (2880, 2880), (8, 16), (1000, 360), (384, 1440), (1400, 40)], ids=str)
+@pytest.mark.parametrize(
+    "sizes", [(64, 64), (256, 256), (2880, 2880), (8, 16), (1000, 360), (384, 1440), (1400, 40)], ids=str
+)
 @pytest.mark.parametrize("num_tokens", [1, 65, 3000])
 def test_pingpong_sizes(sizes, num_tokens):
     """One step of K and many, tails, fewer tiles than programs, and none."""
