@@ -32,7 +32,7 @@ def peers_table(ours: dict, peers: dict) -> Iterator[str]:
     for cell in cells:
         time = cell["ms"]["tma"]
         row = [cell["shape"], cell["tokens"], *(number(cell["ms"].get(name), ".4f") for name in variants)]
-        row.append(f"{cell['limit_ms'] / time:.2f}")
+        row += [number(cell.get("read_ms"), ".4f"), f"{cell['limit_ms'] / time:.2f}"]
         if best := beside(cell, peers):
             factors.append(best["ms"] / time)
             scaled_factors.append(best["scaled_ms"] / time)
@@ -42,7 +42,7 @@ def peers_table(ours: dict, peers: dict) -> Iterator[str]:
         rows.append(row)
     times = [f"{name} ms" for name in variants]
     yield from head(ours)
-    yield from table(["shape", "M", *times, "of limit", "best recorded peer", "factor", "scaled"], rows)
+    yield from table(["shape", "M", *times, "read ms", "of limit", "best recorded peer", "factor", "scaled"], rows)
     for name, values in (("plain", factors), ("scaled", scaled_factors)):
         if values:
             mean = math.exp(sum(map(math.log, values)) / len(values))

@@ -38,19 +38,24 @@ class Ceilings:
 
     def __init__(self) -> None:
         """Allocates the operands: bf16 8192^3, and 2 GiB to read."""
-        from moe_ops.kernels.stream import read_kernel
-
         a = torch.randn(_MATMUL, _MATMUL, device="cuda", dtype=torch.bfloat16)
         b = torch.randn(_MATMUL, _MATMUL, device="cuda", dtype=torch.bfloat16)
         product = torch.empty_like(a)
-        memory = torch.randn(_STREAM_BYTES // 4, device="cuda")
-        sink = torch.empty(1, device="cuda")
+        self._memory = torch.randn(_STREAM_BYTES // 4, device="cuda")
+        self._sink = torch.empty(1, device="cuda")
+        self.variants = {"cublas": lambda: torch.mm(a, b, out=product), "stream": self.read(_STREAM_BYTES)}
+
+    def read(self, nbytes: int) -> Call | None:
+        """A read of so many bytes; None if there are not so many."""
+        from moe_ops.kernels.stream import read_kernel
+
+        if nbytes > _STREAM_BYTES:
+            return None
         programs = 8 * torch.cuda.get_device_properties(0).multi_processor_count
-
-        def read() -> None:
-            read_kernel[(programs,)](memory, sink, memory.numel(), BLOCK=8192, num_warps=8, enable_fp_fusion=True)
-
-        self.variants = {"cublas": lambda: torch.mm(a, b, out=product), "stream": read}
+        grid, count = (programs,), nbytes // 4
+        return lambda: read_kernel[grid](
+            self._memory, self._sink, count, BLOCK=8192, num_warps=8, enable_fp_fusion=True
+        )
 
     @staticmethod
     def teraflops(milliseconds: float) -> float:

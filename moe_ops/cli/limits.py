@@ -56,6 +56,11 @@ class Work:
         """M * top_k."""
         return sum(self.counts)
 
+    @property
+    def least_bytes(self) -> int:
+        """Weights of the experts met, hidden_states and the result."""
+        return self.up_weight_bytes + self.down_weight_bytes + 2 * self.token_bytes
+
     def padded_rows(self, block_m: int) -> int:
         """Rows the GEMMs multiply where each expert's are padded to whole blocks."""
         return sum(-(-count // block_m) * block_m for count in self.counts)
@@ -63,8 +68,7 @@ class Work:
     def limit(self, rates: Rates, rows: int | None = None) -> tuple[float, str]:
         """The whole call's least time, with `rows` multiplied instead of the real ones."""
         rows = self.routes if rows is None else rows
-        nbytes = self.up_weight_bytes + self.down_weight_bytes + 2 * self.token_bytes
-        return rates.limit(rows * (self.up_flops + self.down_flops), nbytes)
+        return rates.limit(rows * (self.up_flops + self.down_flops), self.least_bytes)
 
 
 def work_of(args: Arguments) -> Work:

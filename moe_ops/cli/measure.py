@@ -10,7 +10,7 @@ from torch import Tensor
 from moe_ops import plans
 from moe_ops.arguments import Arguments
 from moe_ops.cli import harness
-from moe_ops.cli.limits import Rates, stage_report, work_of
+from moe_ops.cli.limits import Rates, Work, stage_report, work_of
 from moe_ops.cli.peers import PEERS
 
 OURS = ("tma", "classic")
@@ -29,6 +29,7 @@ class Session:
         ceilings: calls by name, ready to be timed: "cublas" and "stream".
         between: called before each sample.
         sample: (call) -> milliseconds.
+        read: (bytes) -> a call that reads so many, None if there are not so many.
     """
 
     rounds: int
@@ -36,6 +37,7 @@ class Session:
     ceilings: Mapping[str, harness.Call]
     between: harness.Call
     sample: Callable[[harness.Call], float]
+    read: Callable[[int], harness.Call | None]
 
     def ready(self, call: harness.Call) -> harness.Call:
         """A call as it will be timed."""
@@ -70,11 +72,10 @@ class _Entries:
 
 def start_session(rounds: int, *, graph: bool) -> Session:
     """Readies ceilings and timers on the current GPU."""
-    ceilings = harness.Ceilings().variants
-    if graph:
-        ceilings = {name: harness.capture(call) for name, call in ceilings.items()}
+    own = harness.Ceilings()
+    ceilings = {name: harness.capture(call) for name, call in own.variants.items()} if graph else own.variants
     sample = harness.device_milliseconds if graph else harness.host_milliseconds
-    return Session(rounds, graph, ceilings, harness.L2Flush(), sample)
+    return Session(rounds, graph, ceilings, harness.L2Flush(), sample, own.read)
 
 
 @torch.no_grad()
@@ -88,7 +89,8 @@ def measure(args: Arguments, variants: list[str], session: Session, *, stages: b
         stages: time the stages of our paths too.
 
     Returns:
-        The cell: "ms", "spread_ms", "differences", "errors", rates, limits, and per path of ours what padding adds.
+        The cell: "ms", "spread_ms", "differences", "errors", rates, limits, "read_ms" (a read of as many bytes), and
+        per path of ours what padding adds.
     """
     expected = torch.ops.moe_ops.fused_moe_tma(*args.tensors().values())
     entries = _Entries()
@@ -98,10 +100,13 @@ def measure(args: Arguments, variants: list[str], session: Session, *, stages: b
     if stages:
         for path in paths:
             entries.enter(f"{path} stages", lambda path=path: _stages(path, args, expected))
-    timings = harness.time_round_robin(
-        {**entries.calls, **session.ceilings}, session.rounds, session.sample, session.between
-    )
-    return _cell(args, variants, paths, entries, timings)
+    work = work_of(args)
+    ceilings = dict(session.ceilings)
+    # Of as many bytes as the call has to move: what the launch and the L2's dirty lines cost any kernel is in it.
+    if (read := session.read(work.least_bytes)) is not None:
+        ceilings["read"] = session.ready(read)
+    timings = harness.time_round_robin(entries.calls | ceilings, session.rounds, session.sample, session.between)
+    return _cell(args, work, variants, paths, entries, timings)
 
 
 def own_call(args: Arguments, path: str) -> harness.Call:
@@ -150,11 +155,12 @@ def _stages(path: str, args: Arguments, expected: Tensor) -> dict[str, harness.C
     return {f"{path}.{stage}": replay for stage, replay in stages.items()}
 
 
-def _cell(args: Arguments, variants: list[str], paths: list[str], entries: _Entries, timings: harness.Timings) -> dict:
+def _cell(
+    args: Arguments, work: Work, variants: list[str], paths: list[str], entries: _Entries, timings: harness.Timings
+) -> dict:
     rates = Rates(
         harness.Ceilings.teraflops(timings.median("cublas")), harness.Ceilings.gigabytes(timings.median("stream"))
     )
-    work = work_of(args)
     limit, bound = work.limit(rates)
     cell = {
         "tokens": args.hidden_states.shape[0],
@@ -167,6 +173,7 @@ def _cell(args: Arguments, variants: list[str], paths: list[str], entries: _Entr
         "stream_gbs": rates.gigabytes,
         "limit_ms": limit,
         "bound": bound,
+        "read_ms": timings.median("read"),
         "paths": {},
     }
     for path in paths:

@@ -147,7 +147,12 @@ def fake_gpu(monkeypatch):
             call()
             return 1.0
 
-        return measure.Session(rounds, False, {"cublas": lambda: None, "stream": lambda: None}, lambda: None, sample)
+        def read(nbytes):
+            return None
+
+        return measure.Session(
+            rounds, False, {"cublas": lambda: None, "stream": lambda: None}, lambda: None, sample, read
+        )
 
     def stages(path, args, expected):
         return {f"{path}.{stage}": lambda: None for stage in ("route", "up", "down", "combine")}
