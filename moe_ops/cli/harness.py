@@ -52,10 +52,8 @@ class Ceilings:
         if nbytes > _STREAM_BYTES:
             return None
         programs = 8 * torch.cuda.get_device_properties(0).multi_processor_count
-        grid, count = (programs,), nbytes // 4
-        return lambda: read_kernel[grid](
-            self._memory, self._sink, count, BLOCK=8192, num_warps=8, enable_fp_fusion=True
-        )
+        args = self._memory, self._sink, nbytes // 4
+        return lambda: read_kernel[(programs,)](*args, BLOCK=8192, num_warps=8, enable_fp_fusion=True)
 
     @staticmethod
     def teraflops(milliseconds: float) -> float:

@@ -58,7 +58,7 @@ def test_hopper_tma_variants_do_not_spill(name, num_tokens):
 @pytest.mark.parametrize("name", VARIANTS)
 @pytest.mark.parametrize("arch", [80, 90])
 def test_one_token(name, arch):
-    """Two launches, which read weights of K-major rows 16 bytes at a time; on Hopper the second starts early and waits."""
+    """Two launches that read K-major weights 16 bytes at a time; on Hopper the second starts early and waits."""
     kernels = compile_call(make_call(1, **VARIANTS[name]), arch)
     if "n_major" in name:
         assert kernels.keys() >= set(GEMMS)

@@ -66,7 +66,8 @@ def test_peers_table_of_the_recorded_files(report, capsys):
     assert re.match(r"NVIDIA H200, torch \S+, triton \S+, \d{4}-\d\d-\d\d, bfloat16\.\n\n", out)
     table = rows(out.splitlines())
     assert table[0] == [
-        "shape", "M", "tma ms", "classic ms", "grouped_mm ms", "read ms", "of limit", "best recorded peer", "factor", "scaled",
+        "shape", "M", "tma ms", "classic ms", "grouped_mm ms", "read ms", "of limit",
+        "best recorded peer", "factor", "scaled",
     ]  # fmt: skip
     assert len(table) == 36
     first = json.loads(WHOLE.read_text())["cells"][0]
