@@ -22,7 +22,7 @@ def plot(record: dict, folder: str | Path) -> list[Path]:
     for (shape, routing), cells in groups.items():
         cells = sorted(cells, key=lambda cell: cell["tokens"])
         file = Path(folder) / f"bench-{shape}-{routing}.png"
-        _figure(record, f"{shape}, {routing} routing", cells).savefig(file, dpi=150)
+        _figure(record, f"{shape}, {routing} routing", cells).savefig(file, dpi=100)
         files.append(file)
     return files
 
