@@ -72,7 +72,8 @@ def test_peers_table_of_the_recorded_files(report, capsys):
     assert len(table) == 36
     first = json.loads(WHOLE.read_text())["cells"][0]
     assert table[1][:3] == ["mixtral-8x7b", "1", f"{first['ms']['tma']:.4f}"]
-    assert table[1][-3:-1] == ["0.196 vLLM 0.22.1", f"{0.196 / first['ms']['tma']:.3f}"]
+    assert table[1][-3] == "0.196 vLLM 0.22.1"
+    assert abs(float(table[1][-2]) - 0.196 / first["ms"]["tma"]) < 5e-3  # a rounded time
     for kind in ("plain", "scaled"):
         factors = [float(row[-2 if kind == "plain" else -1]) for row in table[1:]]
         mean, ahead = statistics.geometric_mean(factors), sum(factor > 1 for factor in factors)
@@ -144,7 +145,7 @@ def test_stages_table(report):
         "tma pingpong", "3.0", "10.0", "640", "0.80", "0.90", "10.0", "640", "0.80", "0.90", "4.0", "0.95", "1.06",
     ]  # fmt: skip
     assert table[3][4] == table[3][-2] == "-"
-    assert len(rows(report.stages_table(json.loads(WHOLE.read_text())))) == 1
+    assert len(rows(report.stages_table(json.loads(EAGER.read_text())))) == 1
 
 
 # Plots.
