@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from moe_ops import env, routing
 from moe_ops.devices import Device
 from moe_ops.problem import PATHS, Problem
-from moe_ops.tuning import VARIANTS, TileConfig, choose_variant, tile_configs, variant_obstacle
+from moe_ops.tuning import VARIANTS, TileConfig, choose_variant, pingpong_tiles_obstacle, tile_configs, variant_obstacle
 
 # TMA: base addresses and all strides but the innermost in units of 16 bytes.
 _TMA_ALIGNMENT = 16
@@ -104,15 +104,15 @@ def make_plan(problem: Problem, device: Device) -> Plan:
         return Plan(path, reason)
     invariant = env.batch_invariant()
     variant = choose_variant(problem, device, path, batch_invariant=invariant)
-    if forced is not None and forced.variant is not None:
-        variant = forced.variant
+    if forced is not None and (forced.variant or forced.up or forced.down):
+        variant = forced.variant or _variant_of(forced.up or forced.down)
         obstacle = variant_obstacle(variant, problem, device, path)
         if obstacle is not None:
             raise ValueError(f"variant is {variant!r}, but {obstacle}; leave it out, or pass variant='sorted'")
     up, down = tile_configs(problem, device, path, variant, batch_invariant=invariant)
     if forced is not None:
         up, down = forced.up or up, forced.down or down
-    _check_tiles(variant, up, down)
+    _check_tiles(problem, variant, up, down)
     max_tiles = problem.num_routes
     if variant != "direct":
         max_tiles = routing.max_row_blocks(problem.num_routes, problem.num_experts, up.block_m)
@@ -121,7 +121,12 @@ def make_plan(problem: Problem, device: Device) -> Plan:
     return replace(plan, workspace_bytes=_workspace_bytes(problem, plan))
 
 
-def _check_tiles(variant: str, up: TileConfig, down: TileConfig) -> None:
+def _variant_of(tile: TileConfig) -> str:
+    """The variant that forced tiles mean where none is forced with them."""
+    return "direct" if tile.block_m == 1 else "sorted"
+
+
+def _check_tiles(problem: Problem, variant: str, up: TileConfig, down: TileConfig) -> None:
     if up.block_m != down.block_m:
         raise ValueError(f"up.block_m is {up.block_m} and down.block_m {down.block_m}; both must be the same")
     unsorted = variant == "direct"
@@ -129,6 +134,10 @@ def _check_tiles(variant: str, up: TileConfig, down: TileConfig) -> None:
         raise ValueError(f"block_m is {up.block_m} in variant {variant!r}; it is 1 in 'direct', and in no other")
     if not unsorted and min(min(tile.block_m, tile.block_n, tile.block_k) for tile in (up, down)) < 16:
         raise ValueError(f"a block of {up} or {down} is below 16, which only variant 'direct' can have")
+    if variant == "pingpong":
+        obstacle = pingpong_tiles_obstacle(problem, up, down)
+        if obstacle is not None:
+            raise ValueError(obstacle)
 
 
 def row_stride(columns: int) -> int:

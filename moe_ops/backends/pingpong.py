@@ -9,7 +9,7 @@ from torch import Tensor
 from triton.experimental.gluon.language import NVMMASharedLayout
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from moe_ops.backends.launch import Launcher
+from moe_ops.backends.launch import Launcher, bias_and_stride
 from moe_ops.dispatch import Plan
 from moe_ops.kernels.pingpong import pingpong_kernel
 from moe_ops.problem import Arguments, Problem
@@ -67,8 +67,7 @@ def _launch(x: Tensor | None, act: Tensor | None, weight: Tensor, bias: Tensor |
     config = plan.up if name == "up" else plan.down
     columns = config.block_n * 2 if GATED else config.block_n
     box = columns // 2 if GATED and not INTERLEAVED else columns
-    if bias is not None and bias.stride(1) != 1:
-        bias = bias.contiguous()
+    bias, stride_be = bias_and_stride(bias)
     Launcher(plan.kernels)(
         name, pingpong_kernel,
         min(plan.num_sms, routing.tile_experts.numel() * triton.cdiv(out.shape[1], config.block_n)),
@@ -76,7 +75,7 @@ def _launch(x: Tensor | None, act: Tensor | None, weight: Tensor, bias: Tensor |
          _weight_descriptor(weight, box, config.block_k), bias, router_weights,
          _descriptor(out, [config.block_m, _BOX]),
          routing.sorted_routes, routing.tile_experts, routing.num_padded, problem.num_routes,
-         0 if x is None else x.stride(0), 0 if bias is None else bias.stride(0),
+         0 if x is None else x.stride(0), stride_be,
          problem.alpha or 0.0, problem.limit or 0.0),
         lambda: {
             "N": out.shape[1], "TOP_K": problem.top_k, "GATED": GATED, "INTERLEAVED": INTERLEAVED, **constexprs,

@@ -21,10 +21,11 @@ def override(
     Args:
         path: as the op's argument; stands above it.
         variant: as `Plan.variant`.
-        config: the tile of both GEMMs, or (up, down).
+        config: the tile of both GEMMs, or (up, down). Without a variant it means "sorted", or "direct" where `block_m`
+            is 1.
 
     Raises:
-        ValueError: by the calls in the block, where the path cannot run or the two tiles disagree on `block_m`.
+        ValueError: by the calls in the block, where the path or the variant cannot run, or not with these tiles.
 
     Example:
         >>> import moe_ops

@@ -1,5 +1,7 @@
 """Kernel variants: when each can run, when it is the best, and the ping-pong kernel's tiles."""
 
+from dataclasses import replace
+
 from moe_ops.devices import Device
 from moe_ops.problem import Problem
 from moe_ops.tuning.config import TileConfig
@@ -74,6 +76,14 @@ def pingpong_tiles(problem: Problem) -> tuple[TileConfig, TileConfig]:
     down = TileConfig(block_m=64, block_n=256, block_k=64, group_m=16, num_warps=4, num_stages=5)
     up = TileConfig(block_m=64, block_n=128, block_k=64, group_m=8, num_warps=4, num_stages=5)
     return (up if problem.activation.gated else down), down
+
+
+def pingpong_tiles_obstacle(problem: Problem, up: TileConfig, down: TileConfig) -> str | None:
+    """Why the ping-pong kernel cannot have such tiles; None if it can."""
+    for name, tile, own in zip(("up", "down"), (up, down), pingpong_tiles(problem), strict=True):
+        if replace(tile, group_m=own.group_m, num_stages=own.num_stages) != own:
+            return f"{name} is {tile}, and variant 'pingpong' has {own}; only group_m and num_stages may differ"
+    return None
 
 
 def _version(version: str) -> tuple[int, int]:
