@@ -35,7 +35,7 @@ def combine_kernel(
             if REDUCE:
                 total += value
             else:
-                tl.store(out_ptrs + k * stride_ok, (value * factor).to(out_ptr.dtype.element_ty),
+                tl.store(out_ptrs + k.to(tl.int64) * stride_ok, (value * factor).to(out_ptr.dtype.element_ty),
                          mask=columns < tl.where(k < top_k, H, 0))  # fmt: skip
     if REDUCE:
         tl.store(out_ptrs, (total * factor).to(out_ptr.dtype.element_ty), mask=columns < H)

@@ -5,6 +5,7 @@ whoever waits for the device. Every result has to be the first one bit for bit, 
 calls are replays of a CUDA graph, and every fourth finds its workspace full of NaN.
 """
 
+import os
 import random
 import sys
 from collections.abc import Callable
@@ -18,7 +19,10 @@ from moe_ops.testing import assert_correct, override, poisoned_memory, random_in
 from moe_ops.tuning import VARIANTS, TileConfig
 from tests.cases import run
 
-REPEATS = 1000
+# 10,000 for a proof: MOE_OPS_REPEATS=10000 pytest -m gpu tests/gpu/test_repeats.py
+REPEATS = int(os.environ.get("MOE_OPS_REPEATS", "1000"))
+if REPEATS < 1:
+    raise ValueError(f"MOE_OPS_REPEATS is {REPEATS}, expected at least 1: no repeats show nothing")
 
 # All sizes whole tiles, and none.
 SHAPES = (

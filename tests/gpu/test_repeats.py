@@ -1,4 +1,4 @@
-"""A thousand calls of every kernel variant give the same bits beside other work; a process each, see repeats.py."""
+"""MOE_OPS_REPEATS calls of every variant give the same bits beside other work; a process each, see repeats.py."""
 
 import subprocess
 import sys
@@ -8,13 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.gpu.repeats import CASES
+from tests.gpu.repeats import CASES, REPEATS
 
 ROOT = Path(__file__).resolve().parents[2]
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
-# From the start of all processes; they take about 20 s together, most of it imports and compilation.
-_SECONDS = 180
+# From the start of all processes. A thousand calls each take about 20 s together, most of it imports and compilation.
+_SECONDS = 120 + REPEATS * 60 // 1000
 _SECONDS_TO_DIE = 30
+
+# The children are ended before the process that watches them.
+pytestmark = pytest.mark.timeout(_SECONDS + 2 * _SECONDS_TO_DIE)
 
 
 class Child:

@@ -107,6 +107,18 @@ def test_out_variant_writes_a_strided_buffer_and_nothing_else(path):
 
 
 @PATHS
+@pytest.mark.parametrize("variant", ["direct", "sorted"])
+def test_summands_far_apart_in_the_result(path, variant):
+    """The third summand starts 2^31 elements behind the first; the system backs only the pages that are written."""
+    args = option_case("plain", torch.float16, num_tokens=2, reduce_topk=False)
+    tokens, slots, hidden = 2, 3, 72
+    out = torch.empty(2**31 + 2**10, dtype=torch.float16).as_strided((tokens, slots, hidden), (hidden, 2**30, 1))
+    with override(path=path, variant=variant):
+        torch.ops.moe_ops.fused_moe_tma_(out, **{name: getattr(args, name) for name in args.__slots__})
+        assert torch.equal(out, run(args))
+
+
+@PATHS
 @pytest.mark.parametrize("mapped", [[2, -1, 0, 7, 1], [-1, -1, -1, -1, -1], []], ids=str)
 def test_expert_map(path, mapped):
     args = random_inputs(num_tokens=13, hidden=40, intermediate=24, experts=3, top_k=2, dtype=torch.float16)

@@ -1,0 +1,63 @@
+"""Drawn calls against the real kernels: results by the rule, the same bits twice, nothing read that nobody wrote.
+
+A failure prints a `Call(...)`; `moe_ops.testing.strategies.build(call, "cuda")` makes its arguments again.
+MOE_OPS_FUZZ_EXAMPLES is the number of calls of a run.
+"""
+
+import os
+
+import pytest
+import torch
+from hypothesis import HealthCheck, assume, given, settings
+
+from moe_ops.devices import describe
+from moe_ops.problem import make_problem
+from moe_ops.testing import override, poisoned_memory
+from moe_ops.testing.strategies import assert_result, build, calls
+from moe_ops.tuning import variant_obstacle
+from tests.cases import run
+
+EXAMPLES = int(os.environ.get("MOE_OPS_FUZZ_EXAMPLES", "500"))
+CAPABILITY = torch.cuda.get_device_capability() if torch.cuda.is_available() else (0, 0)
+HALF = (torch.bfloat16, torch.float16)
+LARGE = {"max_tokens": 4096, "max_size": 1024, "max_experts": 64}
+# Without a sort only few tokens make sense, and the others' time is better spent elsewhere.
+FEW = {"max_tokens": 16, "max_size": 1024}
+CASES = {
+    "classic": ("sorted", calls(tma=False, dtypes=(*HALF, torch.float32), **LARGE)),
+    "classic_direct": ("direct", calls(tma=False, dtypes=(*HALF, torch.float32), **FEW)),
+    "tma": ("sorted", calls(dtypes=HALF, **LARGE)),
+    "tma_direct": ("direct", calls(dtypes=HALF, **FEW)),
+    "tma_pingpong": ("pingpong", calls(dtypes=HALF, **LARGE)),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.timeout(3600)  # most calls are compiled for
+def test_drawn_calls(name):
+    path = name.split("_")[0]
+    variant, drawn = CASES[name]
+    if path == "tma" and CAPABILITY < (9, 0):
+        pytest.skip("needs compute capability 9.0")
+    if variant == "pingpong" and CAPABILITY[0] != 9:
+        pytest.skip("wgmma is Hopper's")
+
+    @settings(
+        max_examples=-(-EXAMPLES // len(CASES)),
+        derandomize=EXAMPLES <= 500,
+        database=None,
+        deadline=None,
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(drawn)
+    def holds(call):
+        args = build(call, "cuda")
+        assume(variant_obstacle(variant, make_problem(args), describe(args.w1.device), path) is None)
+        with override(path=path, variant=variant), poisoned_memory():
+            out = run(args)
+            again = run(args)
+        assert_result(out, args)
+        assert torch.equal(out.nan_to_num(7), again.nan_to_num(7))
+        torch.cuda.synchronize()
+
+    holds()

@@ -1,0 +1,114 @@
+"""The strategies draw calls that the op accepts, of every kind, and that their repr builds again."""
+
+import functools
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+
+from moe_ops.activations import ACTIVATIONS
+from moe_ops.dispatch import tma_obstacle
+from moe_ops.problem import make_problem
+from moe_ops.testing import ROUTINGS, strategies
+from moe_ops.testing.strategies import LAYOUTS, Call, build, calls
+from tests.unit.test_dispatch import INTERPRETER
+
+EXAMPLES = settings(
+    max_examples=50, derandomize=True, database=None, deadline=None, suppress_health_check=list(HealthCheck)
+)
+
+
+def same(one, other) -> bool:
+    pairs = zip(one.tensors().values(), other.tensors().values(), strict=True)
+    return all(torch.equal(a.nan_to_num(7), b.nan_to_num(7)) for a, b in pairs)
+
+
+@EXAMPLES
+@given(calls())
+def test_calls_are_right_and_repeatable(call):
+    again = eval(repr(call), {"Call": Call, "torch": torch})
+    assert again == call
+    args = build(call)
+    problem = make_problem(args)
+    assert (problem.num_tokens, problem.hidden_size, problem.num_experts) == (
+        call.num_tokens,
+        call.hidden,
+        call.experts,
+    )
+    assert same(args, build(again))
+    assert tma_obstacle(problem, INTERPRETER) is None
+
+
+@EXAMPLES
+@given(calls(tma=False, dtypes=(torch.bfloat16,)))
+def test_calls_for_the_classic_path_run(call):
+    args = build(call)
+    assert args.w1.dtype == torch.bfloat16
+    out = torch.ops.moe_ops.fused_moe_tma(**{name: getattr(args, name) for name in args.__slots__})
+    assert not out.isnan().any()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", [(5,), (3, 5), (2, 3, 5), (0, 5), (1, 1)], ids=str)
+def test_layouts_keep_shape_and_values(layout, shape):
+    for tensor in (torch.randn(shape), torch.randint(9, shape)):
+        out = strategies._lay_out(tensor, layout)
+        assert out.shape == tensor.shape and out.dtype == tensor.dtype
+        assert torch.equal(out, tensor[:1].expand_as(tensor) if layout == "expanded" else tensor)
+
+
+def test_an_unknown_layout():
+    with pytest.raises(ValueError, match="layout is 'rotated', expected one of 'contiguous'"):
+        build(Call(1, 8, 8, 1, 1, layouts={"w1": "rotated"}))
+
+
+WANTED = {
+    "no tokens": lambda call: call.num_tokens == 0,
+    "top_k above E": lambda call: call.top_k > call.experts,
+    "wider result": lambda call: call.options.get("out_dtype") == torch.float32 and call.dtype == torch.float16,
+    "int64": lambda call: call.index_dtype == torch.int64,
+    "one bias": lambda call: call.w1_bias is None and call.w2_bias is not None,
+    "map": lambda call: call.expert_map is not None and len(call.expert_map) > call.experts,
+    "weights major in different dimensions": lambda call: list(call.layouts.items())[:1] == [("w2", "transposed")],
+    "blocks without a tail": lambda call: call.hidden % 64 == 0 and call.intermediate % 64 == 8,
+    **{f"routing {name}": lambda call, name=name: call.routing == name for name in ROUTINGS},
+    **{
+        f"activation {name}": lambda call, name=name: call.options.get("activation", "silu") == name
+        for name in ACTIVATIONS
+    },
+    **{f"layout {name}": lambda call, name=name: name in call.layouts.values() for name in LAYOUTS[1:]},
+    **{
+        name: lambda call, name=name: name in call.options
+        for name in (
+            "gate_up_layout",
+            "activation_limit",
+            "activation_alpha",
+            "apply_router_weight_on_input",
+            "routed_scaling_factor",
+            "reduce_topk",
+        )
+    },
+}
+
+
+@functools.cache
+def drawn(**kinds) -> list[Call]:
+    seen = []
+
+    @settings(EXAMPLES, max_examples=250)
+    @given(calls(**kinds))
+    def draw(call):
+        seen.append(call)
+
+    draw()
+    return seen
+
+
+@pytest.mark.parametrize("name", WANTED)
+def test_every_kind_is_drawn(name):
+    assert any(map(WANTED[name], drawn()))
+
+
+def test_any_size_without_tma():
+    assert any(call.hidden % 8 and call.intermediate % 2 for call in drawn(tma=False))
+    assert not any(call.hidden % 8 or call.intermediate % 8 for call in drawn())
