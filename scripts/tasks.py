@@ -69,9 +69,10 @@ def test() -> bool:
         run("-m", "pytest", "tests/interp", *parallel, env={**env, "TRITON_INTERPRET": "1"}),
     ]
     if has_cuda_gpu():
-        results.append(run("-m", "pytest", "-m", "gpu", "tests/gpu", env={**TEST_ENV, **inductor_env()}))
+        env = {**TEST_ENV, **inductor_env()}
+        results.append(run("-m", "pytest", "-m", "gpu", "tests/gpu", "tests/mutants", env=env))
     else:
-        print("note: no usable CUDA GPU, so tests/gpu did not run", flush=True)
+        print("note: no usable CUDA GPU, so the GPU tests did not run", flush=True)
     return all(results)
 
 

@@ -20,7 +20,7 @@ OPTIONS = {
     "all_to_one_expert": {"routing": "one_expert"},
     "empty_experts": {"routing": "sparse", "experts": 10},
     "duplicate_ids": {"routing": "duplicates"},
-    "skewed": {"routing": "zipf", "num_tokens": 40},
+    "skewed": {"routing": "zipf"},
     "hostile_ids_int32": {"routing": "hostile"},
     "hostile_ids_int64": {"routing": "hostile", "index_dtype": torch.int64},
     "biases": {"bias": True},

@@ -11,7 +11,8 @@ and a step from one tensor into its neighbour is found. Found are
     overflow         a sum, difference or product of signed integers below 64 bits whose exact value does not fit
 
 Descriptor (TMA) accesses: what lies outside the descriptor's shape is clipped by definition, as the hardware does;
-what lies inside is held against the tensor the descriptor was made from, like any other access.
+what lies inside is held against the tensor the descriptor was made from, like any other access. A box has no mask: it
+may load uninitialised elements beside others, as the poison in them shows where they reach a result, but not only such.
 
 Not seen: a load before another program's store (the interpreter runs programs one after the other), lanes of one store
 that hit one element, races between atomics, overflow inside tl.sum and tl.cumsum, and loads in torch operations.
@@ -19,7 +20,6 @@ that hit one element, races between atomics, overflow inside tl.sum and tl.cumsu
 
 import contextlib
 import linecache
-import math
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -29,8 +29,6 @@ from unittest import mock
 import numpy as np
 import torch
 from torch import Tensor
-
-from moe_ops.memory import may_overlap_itself
 
 _TAG_SHIFT = np.uint64(48)
 _ADDRESS = np.uint64(2**48 - 1)
@@ -117,6 +115,7 @@ def sanitized() -> Iterator[Report]:
             (builder, "binary_op"),
             (builder, "create_masked_load"),
             (builder, "create_masked_store"),
+            (builder, "create_descriptor_load"),
             (builder, "create_atomic_rmw"),
             (builder, "create_atomic_cas"),
         ):
@@ -137,7 +136,7 @@ def _before(hook, original):
 
 
 class _Memory:
-    """One storage. Indexed by byte, and used at the first byte of an element."""
+    """One storage; an element is known by its first byte."""
 
     def __init__(self, storage: torch.UntypedStorage, fresh: bool) -> None:
         self.storage = storage  # kept, so that no other takes its address while it is known here
@@ -147,13 +146,23 @@ class _Memory:
             self.bytes.fill(_POISON)
         self.written = np.zeros(self.bytes.size, bool)
         self._writers = np.zeros(0, np.int32)
-        self._launch = -1
+        self._launch = 0
 
-    def writers(self, launch: int) -> np.ndarray:
-        """1 + the program of this launch that stored last, by byte; 0 for none. Untouched pages take no memory."""
+    def stored_by_others(self, at: np.ndarray, itemsize: int, launch: int, program: int) -> np.ndarray:
+        """Which of the elements at these bytes another program of the launch has stored."""
         if self._launch != launch:
-            self._launch, self._writers = launch, np.zeros(self.storage.nbytes(), np.int32)
-        return self._writers
+            return np.zeros(at.shape, bool)
+        writers = self._writers[at // itemsize]
+        return (writers != 0) & (writers != program)
+
+    def store(self, at: np.ndarray, itemsize: int, launch: int, program: int) -> None:
+        """Remembers that a program, above 0, stored the elements at these bytes."""
+        if self._launch != launch:
+            # By element. Zeros that are never looked at take no memory, however large the storage is.
+            self._launch, self._writers = launch, np.zeros(self.storage.nbytes() // itemsize, np.int32)
+        self._writers[at // itemsize] = program
+        if self.written.size:
+            self.written[at] = True
 
     def unwritten(self, at: np.ndarray, itemsize: int) -> np.ndarray:
         """Which of the elements at these bytes nobody has written."""
@@ -173,11 +182,14 @@ class _Argument:
         pairs = [(stride, size) for stride, size in zip(self.strides, self.shape, strict=True) if size > 1]
         # From the longest step down; a step of 0 leads to the same elements again.
         self._steps = sorted((pair for pair in pairs if pair[0]), reverse=True)
-        steps = tensor.as_strided([size for _, size in self._steps], [stride for stride, _ in self._steps])
-        if tensor.numel() and may_overlap_itself(steps):
-            # Elements of such a view have no one index: the range it covers has to do.
-            self._steps = [(1, 1 + sum(stride * (size - 1) for stride, size in self._steps))]
         self._empty = tensor.numel() == 0
+        inner = 0
+        for stride, size in reversed(self._steps):
+            if stride <= inner:
+                # Elements of such a view have no one index: the range it covers has to do.
+                self._steps = [(1, 1 + sum(stride * (size - 1) for stride, size in self._steps))]
+                break
+            inner += stride * (size - 1)
 
     def contains(self, offsets: np.ndarray) -> np.ndarray:
         """Which byte offsets from the first element are those of elements."""
@@ -202,11 +214,13 @@ class _Watch:
         self._kernel = ""
         self._names: Iterator[str] = iter(())
         self._arguments: list[_Argument] = []
-        self._allocating = False
+        self._allocating = self._in_box = False
+        self._launch = 0
         self.report = Report()
 
     def call(self, original, executor, *args, **kwargs):
         """A launch."""
+        self._launch += 1
         self._kernel = executor.fn.__name__
         self.report.launches[self._kernel] += 1
         given = dict(zip(executor.arg_names, args, strict=False)) | kwargs
@@ -255,10 +269,18 @@ class _Watch:
         finally:
             self._allocating = False
 
-    def create_masked_load(self, original, builder, pointers, mask, *rest):
+    def create_masked_load(self, original, builder, pointers, mask, *rest, **options):
         """A load, by pointers or by a descriptor."""
         self.report.loads += self._check(pointers, mask, "loads")
-        return original(builder, self._untagged(pointers), mask, *rest)
+        return original(builder, self._untagged(pointers), mask, *rest, **options)
+
+    def create_descriptor_load(self, original, *args):
+        """A load of a box; becomes a masked load."""
+        self._in_box = True
+        try:
+            return original(*args)
+        finally:
+            self._in_box = False
 
     def create_masked_store(self, original, builder, pointers, value, mask, *rest):
         """A store, by pointers or by a descriptor."""
@@ -295,14 +317,18 @@ class _Watch:
         """Looks at the lanes of an access and remembers what it writes. Returns their number."""
         active = np.asarray(pointers.data)
         active = active.ravel() if mask is None else active[np.broadcast_to(np.asarray(mask.data, bool), active.shape)]
-        tags = active >> _TAG_SHIFT
-        for tag in np.unique(tags):
-            if not 0 < tag <= len(self._arguments):
-                self._fail("out of bounds", f"{verb} through {int(active[tags == tag][0]):#x}, made from no argument")
-            argument = self._arguments[int(tag) - 1]
-            addresses = (active[tags == tag] & _ADDRESS).astype(np.int64)
+        count = active.size
+        while active.size:
+            # One turn as a rule: pointers of several arguments meet only in a tl.where of pointers.
+            tags = active >> _TAG_SHIFT
+            same = tags == tags[0]
+            if not 0 < tags[0] <= len(self._arguments):
+                self._fail("out of bounds", f"{verb} through {int(active[0]):#x}, made from no argument")
+            argument = self._arguments[int(tags[0]) - 1]
+            addresses = (active[same] & _ADDRESS).astype(np.int64)
             self._check_argument(argument, addresses - argument.address, verb)
-        return active.size
+            active = active[~same]
+        return count
 
     def _check_argument(self, argument: _Argument, offsets: np.ndarray, verb: str) -> None:
         def fail_where(wrong: np.ndarray, fault: str, what: str) -> None:
@@ -320,18 +346,14 @@ class _Watch:
         memory, at = argument.memory, argument.in_storage(offsets)
         if verb != "stores":
             unwritten = memory.unwritten(at, argument.itemsize)
+            if self._in_box and not unwritten.all():
+                unwritten[:] = False
             fail_where(unwritten, "uninitialised", "which nobody has written since it was allocated")
-        writers, me = memory.writers(len(self._launches())), self._program_number()
-        others = (writers[at] != 0) & (writers[at] != me)
+        accesses = (at, argument.itemsize, self._launch, self._program_number())
         if verb != "updates":
-            fail_where(others, "race", "which another program of the launch has stored")
+            fail_where(memory.stored_by_others(*accesses), "race", "which another program of the launch has stored")
         if verb == "stores":
-            writers[at] = me
-        if verb != "loads" and memory.written.size:
-            memory.written[at] = True
-
-    def _launches(self) -> range:
-        return range(self.report.launches.total())
+            memory.store(*accesses)
 
     def _program_number(self) -> int:
         x, y, z = self._builder.grid_idx

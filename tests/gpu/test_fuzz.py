@@ -8,7 +8,7 @@ import os
 
 import pytest
 import torch
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import HealthCheck, Phase, assume, given, settings
 
 from moe_ops.devices import describe
 from moe_ops.problem import make_problem
@@ -47,6 +47,7 @@ def test_drawn_calls(name):
         derandomize=EXAMPLES <= 500,
         database=None,
         deadline=None,
+        phases=[Phase.generate],  # a call is short as it is drawn; to shrink it would take minutes
         suppress_health_check=list(HealthCheck),
     )
     @given(drawn)

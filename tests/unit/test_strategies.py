@@ -10,7 +10,8 @@ from moe_ops.activations import ACTIVATIONS
 from moe_ops.dispatch import tma_obstacle
 from moe_ops.problem import make_problem
 from moe_ops.testing import ROUTINGS, strategies
-from moe_ops.testing.strategies import LAYOUTS, Call, build, calls
+from moe_ops.testing.strategies import LAYOUTS, Call, assert_result, build, calls
+from tests.cases import run
 from tests.unit.test_dispatch import INTERPRETER
 
 EXAMPLES = settings(
@@ -44,8 +45,7 @@ def test_calls_are_right_and_repeatable(call):
 def test_calls_for_the_classic_path_run(call):
     args = build(call)
     assert args.w1.dtype == torch.bfloat16
-    out = torch.ops.moe_ops.fused_moe_tma(**{name: getattr(args, name) for name in args.__slots__})
-    assert not out.isnan().any()
+    assert not run(args).isnan().any()
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -55,6 +55,21 @@ def test_layouts_keep_shape_and_values(layout, shape):
         out = strategies._lay_out(tensor, layout)
         assert out.shape == tensor.shape and out.dtype == tensor.dtype
         assert torch.equal(out, tensor[:1].expand_as(tensor) if layout == "expanded" else tensor)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_wrong_results_are_found(dtype):
+    args = build(Call(2, 16, 8, experts=3, top_k=1, dtype=dtype))
+    out = run(args)
+    assert_result(out, args)
+    for wrong in (out * 1.01, out.roll(1, 0), torch.zeros_like(out), out.double()):
+        with pytest.raises(AssertionError):
+            assert_result(wrong, args)
+    args = build(Call(2, 16, 8, experts=3, top_k=1, dtype=dtype, expert_map=(-1, 3)))
+    assert_result(torch.zeros_like(out), args)
+    for wrong in (out, torch.zeros_like(out[:1]), torch.zeros_like(out).double()):
+        with pytest.raises(AssertionError):
+            assert_result(wrong, args)
 
 
 def test_an_unknown_layout():
@@ -69,7 +84,9 @@ WANTED = {
     "int64": lambda call: call.index_dtype == torch.int64,
     "one bias": lambda call: call.w1_bias is None and call.w2_bias is not None,
     "map": lambda call: call.expert_map is not None and len(call.expert_map) > call.experts,
-    "weights major in different dimensions": lambda call: list(call.layouts.items())[:1] == [("w2", "transposed")],
+    "weights major in different dimensions": lambda call: (
+        (call.layouts.get("w1") == "transposed") != (call.layouts.get("w2") == "transposed")
+    ),
     "blocks without a tail": lambda call: call.hidden % 64 == 0 and call.intermediate % 64 == 8,
     **{f"routing {name}": lambda call, name=name: call.routing == name for name in ROUTINGS},
     **{

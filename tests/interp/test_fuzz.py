@@ -1,0 +1,49 @@
+"""Drawn calls through the Triton kernels in the interpreter: every access watched, every result held to the rule.
+
+A failure prints a `Call(...)`; `moe_ops.testing.strategies.build` makes its arguments again. MOE_OPS_FUZZ_EXAMPLES is
+the number of calls of a run: the same ones every time up to 300, others every time above.
+"""
+
+import os
+
+import pytest
+from hypothesis import HealthCheck, Phase, given, settings
+
+from moe_ops.testing import override
+from moe_ops.testing.sanitizer import sanitized
+from moe_ops.testing.strategies import assert_result, build, calls
+from moe_ops.tuning import TileConfig
+from tests.cases import run
+
+EXAMPLES = int(os.environ.get("MOE_OPS_FUZZ_EXAMPLES", "60"))
+# Without a sort: fewer and larger programs than the heuristic's, as the interpreter's time goes by the number of steps.
+DIRECT = TileConfig(1, 64, 128)
+CASES = {
+    "classic": ("sorted", None, calls(tma=False)),
+    "classic_direct": ("direct", DIRECT, calls(tma=False, max_tokens=4)),
+    "tma": ("sorted", None, calls()),
+    "tma_direct": ("direct", DIRECT, calls(max_tokens=4)),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.timeout(600 + EXAMPLES)
+def test_drawn_calls(name):
+    variant, config, drawn = CASES[name]
+
+    @settings(
+        max_examples=-(-EXAMPLES // len(CASES)),
+        derandomize=EXAMPLES <= 300,
+        database=None,
+        deadline=None,
+        phases=[Phase.generate],  # a call is short as it is drawn; to shrink it would take minutes
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(drawn)
+    def holds(call):
+        args = build(call)
+        with override(path=name.split("_")[0], variant=variant, config=config), sanitized():
+            out = run(args)
+        assert_result(out, args)
+
+    holds()

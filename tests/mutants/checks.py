@@ -1,0 +1,187 @@
+"""What a mutated copy of the package has to fail; imported where the copy is the package that is found.
+
+`main` begins with one check, goes on with all others for the same device, and names each before it starts, so that the
+last name is what killed a process that crashed. Every input ends at a page that cannot be read.
+"""
+
+import contextlib
+import ctypes
+import mmap
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from unittest import mock
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+import moe_ops
+from moe_ops.arguments import Arguments
+from moe_ops.testing import assert_correct, assert_exact, exact_inputs, override, poisoned_memory, random_inputs
+from moe_ops.tuning import TileConfig
+from tests.cases import option_case, run
+
+_PROT_NONE = 0
+# Offsets of 2^30 elements: the third expert or token lies beyond int32.
+_FAR = 2**30
+
+
+def guarded(tensor: Tensor) -> Tensor:
+    """A copy with the same strides' order whose last element is the last before an inaccessible page."""
+    order = sorted(range(tensor.dim()), key=tensor.stride, reverse=True)
+    dense = tensor.permute(order).contiguous()
+    pages = -(-dense.nbytes // mmap.PAGESIZE)
+    memory = mmap.mmap(-1, (pages + 1) * mmap.PAGESIZE)
+    end = pages * mmap.PAGESIZE
+    address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    if ctypes.CDLL(None).mprotect(ctypes.c_void_p(address + end), ctypes.c_size_t(mmap.PAGESIZE), _PROT_NONE):
+        raise OSError("mprotect failed")
+    copy = torch.frombuffer(memory, dtype=dense.dtype, count=dense.numel(), offset=end - dense.nbytes)
+    copy = copy.view(dense.shape).copy_(dense)
+    return copy.permute([order.index(dim) for dim in range(tensor.dim())])
+
+
+def far_apart(tensor: Tensor) -> Tensor:
+    """A copy whose first stride is 2^30 elements; only the pages that are touched take memory."""
+    return torch.empty_strided(tensor.shape, (_FAR, *tensor.stride()[1:]), dtype=tensor.dtype).copy_(tensor)
+
+
+def edit_tensors(args: Arguments, edit: Callable[[Tensor], Tensor], *names: str) -> Arguments:
+    """The call with some of its tensors, or all, edited in place."""
+    for name in names or args.tensors():
+        setattr(args, name, edit(getattr(args, name)))
+    return args
+
+
+# The ways through `_row_dots`: steps that fill K; a tail in the second step (up), a step larger than K (down).
+DIRECT_TILES = [TileConfig(1, 16, 8), TileConfig(1, 16, 32)]
+
+
+def option(name: str, path: str) -> None:
+    """An option of tests.cases through the sort."""
+    args = edit_tensors(option_case(name, torch.float16), guarded)
+    with override(path=path, variant="sorted"), poisoned_memory():
+        assert_correct(run(args), args)
+
+
+def option_without_a_sort(name: str) -> None:
+    """An option of tests.cases for two tokens, without a sort."""
+    args = edit_tensors(option_case(name, torch.float16, num_tokens=2, hidden=40, intermediate=24), guarded)
+    for config in DIRECT_TILES:
+        with override(path="classic", variant="direct", config=config), poisoned_memory():
+            assert_correct(run(args), args)
+
+
+def more_slots_than_a_step(variant: str) -> None:
+    """top_k above the number of slots that a step takes."""
+    args = random_inputs(num_tokens=2, hidden=24, intermediate=16, experts=3, top_k=19, dtype=torch.float16)
+    with override(path="classic", variant=variant), poisoned_memory():
+        assert_correct(run(edit_tensors(args, guarded)), args)
+
+
+def more_row_blocks_than_a_group() -> None:
+    """Row blocks in several groups, column blocks in each."""
+    args = random_inputs(num_tokens=40, hidden=40, intermediate=40, experts=3, top_k=2, dtype=torch.float16)
+    config = TileConfig(16, 16, 16, group_m=2)
+    with override(path="classic", variant="sorted", config=config), poisoned_memory():
+        assert_correct(run(args), args)
+
+
+def exact(variant: str) -> None:
+    """Integers, bit for bit."""
+    args = exact_inputs(num_tokens=7, hidden=40, intermediate=24, experts=4, top_k=2, dtype=torch.float16)
+    config = DIRECT_TILES[1] if variant == "direct" else None
+    with override(path="classic", variant=variant, config=config), poisoned_memory():
+        assert_exact(run(args), args)
+
+
+def nothing_beside_the_result(variant: str) -> None:
+    """Unsummed routes into a part of a wider buffer: the rest keeps its value."""
+    args = option_case("routes_unsummed", torch.float16, num_tokens=2)
+    wider = torch.full((4, 3, 88), 7.0, dtype=torch.float16)
+    out = wider[1:3, :, 8:80]
+    values = {name: getattr(args, name) for name in args.__slots__}
+    config = DIRECT_TILES[1] if variant == "direct" else None
+    with override(path="classic", variant=variant, config=config):
+        torch.ops.moe_ops.fused_moe_tma_(out, **values)
+    assert_correct(out, args)
+    beside = torch.ones_like(wider, dtype=torch.bool)
+    beside[1:3, :, 8:80] = False
+    assert (wider[beside] == 7).all(), "written beside the result"
+
+
+def offsets_beyond_int32(variant: str) -> None:
+    """Tokens and experts 2^30 elements apart."""
+    args = random_inputs(num_tokens=3, hidden=24, intermediate=16, experts=3, top_k=2, dtype=torch.float16)
+    edit_tensors(args, far_apart, "hidden_states", "w1", "w2")
+    config = DIRECT_TILES[1] if variant == "direct" else None
+    with override(path="classic", variant=variant, config=config):
+        assert_correct(run(args), args)
+
+
+def sort(launches: int) -> None:
+    """The sort against its definition: order, padding, inverse, ids that are no experts."""
+    from moe_ops.backends import routing
+
+    ids = torch.randint(-2, 8, (29, 5), generator=torch.Generator().manual_seed(0))
+    ids[3] = torch.tensor([2**32 + 1, -(2**32), 2**63 - 1, -(2**63), 0])
+    sizes = {"SMALL_ROUTES": 10**6 if launches == 1 else 0, "CHUNK": 16, "_SCAN_STEP": 4}
+    expert_map = guarded(torch.tensor([3, -1, 0, 99, 1, 2], dtype=torch.int32))
+    with contextlib.ExitStack() as stack:
+        for name, value in sizes.items():
+            stack.enter_context(mock.patch.object(routing, name, value))
+        for args in ((ids, 6, 16), (ids, 4, 3, expert_map)):
+            with poisoned_memory():
+                got = routing.sort_routes(*args)
+            for name, mine, expected in zip(got._fields, got, moe_ops.route(*args), strict=True):
+                assert torch.equal(mine, expected), f"{name} differs from its definition"
+
+
+def pingpong(name: str, **sizes) -> None:
+    """An option through the ping-pong kernel, with more tiles than a program can hold at once, five times over."""
+    sizes = {"num_tokens": 700, "hidden": 264, "intermediate": 136} | sizes
+    args = option_case(name, torch.bfloat16, "cuda", **sizes)
+    # NaN behind every token, in rows that are still multiples of 16 bytes.
+    args.hidden_states = functional.pad(args.hidden_states, (0, 24), value=float("nan"))[:, :-24]
+    with override(path="tma", variant="pingpong"), poisoned_memory():
+        out = run(args)
+        assert_correct(out, args)
+        for _ in range(5):
+            assert torch.equal(run(args), out)
+
+
+SORTED_OPTIONS = [
+    "plain", "tails_in_both_dimensions", "hostile_ids_int32", "routes_unsummed", "biases_interleaved", "n_major",
+    "router_weight_on_input", "swigluoai", "swigluoai_own_slope", "silu_clamped", "relu2_no_gate", "scaled",
+]  # fmt: skip
+DIRECT_OPTIONS = ["plain", "hostile_ids_int64", "biases_interleaved", "routes_unsummed"]
+PINGPONG = {
+    "pingpong plain": partial(pingpong, "plain"),
+    "pingpong biases_interleaved": partial(pingpong, "biases_interleaved"),
+    "pingpong n_major": partial(pingpong, "n_major"),
+    "pingpong many K steps": partial(pingpong, "plain", num_tokens=3000, hidden=1032, intermediate=1096),
+}
+CHECKS = {
+    "sort in one launch": partial(sort, 1),
+    "sort in three launches": partial(sort, 3),
+    **{f"classic {name}": partial(option, name, "classic") for name in SORTED_OPTIONS},
+    **{f"tma {name}": partial(option, name, "tma") for name in SORTED_OPTIONS[:6]},
+    **{f"direct {name}": partial(option_without_a_sort, name) for name in DIRECT_OPTIONS},
+    "row blocks in groups": more_row_blocks_than_a_group,
+    **{
+        f"{check.__name__.replace('_', ' ')}, {variant}": partial(check, variant)
+        for check in (more_slots_than_a_step, exact, nothing_beside_the_result, offsets_beyond_int32)
+        for variant in ("sorted", "direct")
+    },
+}
+
+
+def main(first: str) -> None:
+    """Runs all checks of a kind, `first` first; the first that fails ends the process."""
+    copy = Path(moe_ops.__file__).resolve().parent.parent
+    assert copy == Path.cwd().resolve(), f"moe_ops is that of {copy}, not the copy"
+    checks = PINGPONG if first in PINGPONG else CHECKS
+    for name in sorted(checks, key=lambda name: name != first):
+        print(name, flush=True)
+        checks[name]()

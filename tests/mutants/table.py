@@ -1,0 +1,74 @@
+"""Runs every mutant and writes the tables of docs/testing.md: `python -m tests.mutants.table`, about a minute.
+
+The table of the GPU mutants says who killed them where there is a Hopper GPU, and keeps what it said elsewhere.
+"""
+
+import re
+import sys
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+
+from tests.mutants import emulators, kernels
+
+DOCS = kernels.ROOT / "docs" / "testing.md"
+
+
+def emulator_rows() -> Iterable[tuple[str, ...]]:
+    """(mutant, what it breaks, kills per dtype) of the wrong emulators."""
+    for wrong in emulators.WRONG:
+        kills = emulators.kills(wrong)
+        total = len(emulators.INPUTS) // len(emulators.DTYPES)
+        counts = (sum(dtype == d for _, dtype in kills) for d in emulators.DTYPES)
+        examples = ", ".join(dict.fromkeys(name for name, _ in kills))
+        first = examples if len(examples) < 60 else examples[: examples.rindex(",", 0, 60)] + ", ..."
+        yield (f"`{wrong.name}`", wrong.breaks, *(f"{count} of {total}" for count in counts), first)
+
+
+def described(mutation: kernels.Mutation, outcome: str) -> tuple[str, ...]:
+    """The row of a mutated kernel."""
+    return f"`{mutation.name}`", f"`{mutation.file}.py`", mutation.breaks, outcome
+
+
+def kernel_rows(mutations: Iterable[kernels.Mutation], *, interpret: bool) -> Iterable[tuple[str, ...]]:
+    """(mutant, file, what it breaks, who killed it) of mutated kernels; two at a time in the interpreter."""
+    with tempfile.TemporaryDirectory() as folder, kernels.judges(2 if interpret else 1, interpret=interpret) as judge:
+        futures = [(m, judge(Path(folder) / m.name, m, m.first)) for m in mutations]
+        for mutation, future in futures:
+            yield described(mutation, str(future.result()))
+
+
+def replace_table(text: str, name: str, header: str, rows: Iterable[tuple[str, ...]]) -> str:
+    """The text with another table between the marks of that name."""
+    begin, end = f"<!-- {name}: begin -->\n", f"<!-- {name}: end -->"
+    before, rest = text.split(begin)
+    after = rest.split(end)[1]
+    ruler = "| --- " * (header.count("|") - 1) + "|"
+    lines = [header, ruler, *("| " + " | ".join(row) + " |" for row in rows)]
+    return before + begin + "\n".join([*lines, end]) + after
+
+
+def main() -> int:
+    """Writes the tables; 1 if a mutant lives."""
+    torch.set_num_threads(1)
+    text = DOCS.read_text()
+    header = "| mutant | what it breaks | fp32 | bf16 | fp16 | rejected by |"
+    text = replace_table(text, "emulators", header, emulator_rows())
+    header = "| mutant | file | what it breaks | killed by |"
+    text = replace_table(text, "kernels", header, kernel_rows(kernels.MUTATIONS, interpret=True))
+    if torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9:
+        rows = kernel_rows(kernels.GPU_MUTATIONS, interpret=False)
+    else:
+        recorded = dict(re.findall(r"^\| `(\w+)` .*\| ([^|]*) \|$", text, re.MULTILINE))
+        rows = (described(mutation, recorded.get(mutation.name, "not run")) for mutation in kernels.GPU_MUTATIONS)
+    text = replace_table(text, "gpu", header, rows)
+    DOCS.write_text(text)
+    living = [line for line in text.splitlines() if ": lives |" in line or line.count("| 0 of") == 3]
+    print("\n".join(living) or "no mutant lives")
+    return bool(living)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

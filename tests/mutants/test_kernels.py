@@ -1,0 +1,73 @@
+"""The checks kill every mutation of the kernels, in the interpreter and, for the ping-pong kernel, on a GPU.
+
+Each mutated copy of the package is checked in a process of its own, whose crash or hang counts as well.
+"""
+
+import ast
+import functools
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+
+import pytest
+import torch
+
+from tests.mutants.kernels import GPU_MUTATIONS, MUTATIONS, ROOT, Mutation, Outcome, copy_package, judges
+
+HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
+ALL = [*MUTATIONS, *GPU_MUTATIONS]
+
+
+def name(mutation: Mutation | None) -> str:
+    """Of the mutant; None is the copy that is not mutated, which must pass."""
+    return mutation.name if mutation else "unmutated"
+
+
+@pytest.mark.parametrize("mutation", ALL, ids=name)
+def test_source_is_still_there(mutation, tmp_path):
+    """Exactly once, and the mutated source is Python."""
+    ast.parse(mutation.apply(copy_package(tmp_path)))
+
+
+def test_the_tree_is_not_touched(tmp_path):
+    path = ROOT / "moe_ops" / "kernels" / f"{MUTATIONS[0].file}.py"
+    before = path.read_text()
+    copy_package(tmp_path, MUTATIONS[0])
+    assert path.read_text() == before
+    assert len({mutation.name for mutation in ALL}) == len(ALL)
+
+
+@pytest.fixture(scope="module")
+def outcomes(request, tmp_path_factory) -> Iterator[Callable[[Mutation | None], Outcome]]:
+    """Outcome of a mutation. Two copies are checked at a time, or one where pytest-xdist runs tests side by side."""
+    folder = tmp_path_factory.mktemp("copies")
+    shared = "PYTEST_XDIST_WORKER" in os.environ
+    with judges(1 if shared else 2) as judge:
+
+        @functools.cache
+        def submit(mutation: Mutation | None) -> Future:
+            return judge(folder / name(mutation), mutation, mutation.first if mutation else "classic plain")
+
+        if not shared:
+            for item in request.session.items:
+                if "outcomes" in getattr(item, "fixturenames", ()):
+                    submit(item.callspec.params["mutation"])
+        yield lambda mutation: submit(mutation).result()
+
+
+@pytest.mark.parametrize("mutation", [None, *MUTATIONS], ids=name)
+def test_interpreter_kills(mutation, outcomes):
+    outcome = outcomes(mutation)
+    assert outcome.killed == (mutation is not None), f"{outcome}\n{outcome.output}"
+    # A copy that cannot even be imported says nothing about the checks.
+    assert outcome.check
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not HOPPER, reason="wgmma is Hopper's")
+@pytest.mark.parametrize("mutation", [None, *GPU_MUTATIONS], ids=name)
+def test_gpu_kills(mutation, tmp_path):
+    with judges(1, interpret=False) as judge:
+        outcome = judge(tmp_path / "copy", mutation, mutation.first if mutation else "pingpong plain").result()
+    assert outcome.killed == (mutation is not None), f"{outcome}\n{outcome.output}"
+    assert outcome.check
