@@ -4,10 +4,13 @@ from moe_ops.testing.emulator import emulate
 from moe_ops.testing.inputs import ROUTINGS, exact_inputs, random_inputs
 from moe_ops.testing.overrides import override, poisoned_memory
 from moe_ops.testing.rule import Errors, assert_correct, assert_exact, errors
+from moe_ops.testing.sanitizer import Report, SanitizerError, sanitized
 
 __all__ = [
     "ROUTINGS",
     "Errors",
+    "Report",
+    "SanitizerError",
     "assert_correct",
     "assert_exact",
     "emulate",
@@ -16,4 +19,5 @@ __all__ = [
     "override",
     "poisoned_memory",
     "random_inputs",
+    "sanitized",
 ]

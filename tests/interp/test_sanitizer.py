@@ -208,6 +208,12 @@ def test_everything_is_put_back():
     assert "new_empty" not in vars(torch.Tensor)
 
 
+def test_without_the_interpreter(monkeypatch):
+    monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
+    with pytest.raises(RuntimeError, match="TRITON_INTERPRET=1"), sanitized():
+        pass
+
+
 # The op.
 
 OPTIONS = ["plain", "hostile_ids_int64", "n_major_interleaved", "biases", "routes_unsummed"]
