@@ -197,8 +197,8 @@ def calls(
 
     Example:
         >>> from hypothesis import find
-        >>> find(calls(dtypes=(torch.float32,)), lambda call: call.num_tokens == 3)
-        Call(num_tokens=3, hidden=8, intermediate=8, experts=1, top_k=1)
+        >>> find(calls(dtypes=(torch.float32,)), lambda call: call.num_tokens == 3).num_tokens
+        3
     """
     return _calls(max_tokens, max_size, max_experts, dtypes, tma)
 
