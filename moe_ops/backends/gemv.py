@@ -3,7 +3,7 @@
 import triton
 from torch import Tensor
 
-from moe_ops.backends.launch import Launcher, bias_and_stride, dependent, unit, weight_constexprs
+from moe_ops.backends.launch import Launcher, bias_and_stride, dependent, result_launch, unit, weight_constexprs
 from moe_ops.dispatch import Plan
 from moe_ops.kernels import gemv as kernels
 from moe_ops.problem import Arguments, Problem
@@ -57,15 +57,13 @@ def down(args: Arguments, problem: Problem, plan: Plan, ids: Tensor, expert_map:
     """
     config, w2 = plan.down, args.w2
     bias, stride_be = bias_and_stride(args.w2_bias)
-    stride_om, stride_ok, stride_oh = (out.stride(0), 0, out.stride(1)) if problem.reduce_topk else out.stride()
-    # The caller's own buffer (`fused_moe_tma_`) is not among what the plan was made from.
-    name = ("down", out.stride(), out.data_ptr() % 16)
+    name, out_strides = result_launch("down", out, problem.reduce_topk)
     Launcher(plan.kernels)(
         name, kernels.gemv_down_kernel, problem.num_tokens * triton.cdiv(problem.hidden_size, config.block_n),
         (act, w2, bias, router_weights, out, ids, expert_map,
          problem.routed_scaling_factor, problem.num_ids, problem.num_experts, problem.top_k,
          problem.hidden_size, problem.intermediate_size,
-         act.stride(0), *problem.w2_strides, stride_be, stride_om, stride_ok, stride_oh),
+         act.stride(0), *problem.w2_strides, stride_be, *out_strides),
         lambda: {
             "I_UNIT": unit(problem.intermediate_size), **weight_constexprs(w2),
             "EVEN_K": problem.intermediate_size % config.block_k == 0,

@@ -67,6 +67,15 @@ def bias_and_stride(bias: Tensor | None) -> tuple[Tensor | None, int]:
     return bias, bias.stride(0)
 
 
+def result_launch(stage: str, out: Tensor, reduce_topk: bool) -> tuple[Hashable, tuple[int, int, int]]:
+    """The name of the launch that writes the result, and the result's strides over tokens, slots and columns.
+
+    The caller's own buffer (`fused_moe_tma_`) is not among what the plan was made from, so it is in the name.
+    """
+    strides = (out.stride(0), 0, out.stride(1)) if reduce_topk else out.stride()
+    return (stage, out.stride(), out.data_ptr() % 16), strides
+
+
 def unit(*sizes: int) -> int:
     """A unit of 16 bytes for 16-bit elements, where all sizes are multiples of it: what vector loads need to know."""
     return 8 if all(size % 8 == 0 for size in sizes) else 1

@@ -8,7 +8,15 @@ import triton
 from torch import Tensor
 
 from moe_ops.backends import gemv
-from moe_ops.backends.launch import Launcher, bias_and_stride, dependent, on_device, unit, weight_constexprs
+from moe_ops.backends.launch import (
+    Launcher,
+    bias_and_stride,
+    dependent,
+    on_device,
+    result_launch,
+    unit,
+    weight_constexprs,
+)
 from moe_ops.backends.routing import sort_routes
 from moe_ops.dispatch import Plan, row_stride
 from moe_ops.kernels.combine import combine_kernel
@@ -145,14 +153,12 @@ def _tile(plan: Plan, config, reduction: int, dtype: torch.dtype) -> dict[str, o
 def _combine(problem: Problem, plan: Plan, rows: Tensor, routing: Routing, router_weights, out: Tensor) -> None:
     """out[m] = factor * sum_k weight[m, k] * rows[inverse[m, k]]; the summands with `reduce_topk=False`."""
     block_h = min(_COMBINE_COLUMNS, triton.next_power_of_2(problem.hidden_size))
-    stride_om, stride_ok, stride_oh = (out.stride(0), 0, out.stride(1)) if problem.reduce_topk else out.stride()
-    # The caller's own buffer (`fused_moe_tma_`) is not among what the plan was made from.
-    name = ("combine", out.stride(), out.data_ptr() % 16)
+    name, out_strides = result_launch("combine", out, problem.reduce_topk)
     Launcher(plan.kernels)(
         name, combine_kernel, problem.num_tokens * triton.cdiv(problem.hidden_size, block_h),
         (rows, routing.inverse, router_weights, out,
          problem.routed_scaling_factor, problem.top_k, problem.hidden_size,
-         rows.stride(0), stride_om, stride_ok, stride_oh),
+         rows.stride(0), *out_strides),
         lambda: {
             "UNROLL": min(_COMBINE_UNROLL, triton.next_power_of_2(problem.top_k)), "REDUCE": problem.reduce_topk,
             "BLOCK_H": block_h, "num_warps": 4, **dependent(plan),

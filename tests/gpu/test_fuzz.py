@@ -8,7 +8,7 @@ import os
 
 import pytest
 import torch
-from hypothesis import HealthCheck, Phase, assume, given, settings
+from hypothesis import assume, given
 
 from moe_ops.devices import describe
 from moe_ops.problem import make_problem
@@ -16,6 +16,7 @@ from moe_ops.testing import override, poisoned_memory
 from moe_ops.testing.strategies import assert_result, build, calls
 from moe_ops.tuning import variant_obstacle
 from tests.cases import run
+from tests.fuzz import drawing
 
 EXAMPLES = int(os.environ.get("MOE_OPS_FUZZ_EXAMPLES", "500"))
 CAPABILITY = torch.cuda.get_device_capability() if torch.cuda.is_available() else (0, 0)
@@ -42,14 +43,7 @@ def test_drawn_calls(name):
     if variant == "pingpong" and CAPABILITY[0] != 9:
         pytest.skip("wgmma is Hopper's")
 
-    @settings(
-        max_examples=-(-EXAMPLES // len(CASES)),
-        derandomize=EXAMPLES <= 500,
-        database=None,
-        deadline=None,
-        phases=[Phase.generate],  # a call is short as it is drawn; to shrink it would take minutes
-        suppress_health_check=list(HealthCheck),
-    )
+    @drawing(EXAMPLES, len(CASES), same_up_to=500)
     @given(drawn)
     def holds(call):
         args = build(call, "cuda")

@@ -7,13 +7,14 @@ the number of calls of a run: the same ones every time up to 300, others every t
 import os
 
 import pytest
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import given
 
 from moe_ops.testing import override
 from moe_ops.testing.sanitizer import sanitized
 from moe_ops.testing.strategies import assert_result, build, calls
 from moe_ops.tuning import TileConfig
 from tests.cases import run
+from tests.fuzz import drawing
 
 EXAMPLES = int(os.environ.get("MOE_OPS_FUZZ_EXAMPLES", "60"))
 # Without a sort: fewer and larger programs than the heuristic's, as the interpreter's time goes by the number of steps.
@@ -31,14 +32,7 @@ CASES = {
 def test_drawn_calls(name):
     variant, config, drawn = CASES[name]
 
-    @settings(
-        max_examples=-(-EXAMPLES // len(CASES)),
-        derandomize=EXAMPLES <= 300,
-        database=None,
-        deadline=None,
-        phases=[Phase.generate],  # a call is short as it is drawn; to shrink it would take minutes
-        suppress_health_check=list(HealthCheck),
-    )
+    @drawing(EXAMPLES, len(CASES), same_up_to=300)
     @given(drawn)
     def holds(call):
         args = build(call)
