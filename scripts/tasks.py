@@ -37,13 +37,13 @@ def inductor_env() -> dict[str, str]:
     return {"CXX": "clang++"}
 
 
-def workers() -> tuple[list[str], dict[str, str]]:
-    """Arguments and environment for two test processes, where pytest-xdist is there."""
+def workers(count: int = 2) -> tuple[list[str], dict[str, str]]:
+    """Arguments and environment for `count` test processes, where pytest-xdist is there."""
     if importlib.util.find_spec("xdist") is None:
         print("note: pytest-xdist is not installed, so the tests run in one process", flush=True)
         return [], {}
-    # Two processes of many threads each would fight over the cores.
-    return ["-n", "2"], {"OMP_NUM_THREADS": "1"}
+    # Processes of many threads each would fight over the cores. Tests that share a mark xdist_group share a process.
+    return ["-n", str(count), "--dist", "loadgroup"], {"OMP_NUM_THREADS": "1"}
 
 
 def has_cuda_gpu() -> bool:
@@ -69,8 +69,10 @@ def test() -> bool:
         run("-m", "pytest", "tests/interp", *parallel, env={**env, "TRITON_INTERPRET": "1"}),
     ]
     if has_cuda_gpu():
-        env = {**TEST_ENV, **inductor_env()}
-        results.append(run("-m", "pytest", "-m", "gpu", "tests/gpu", "tests/mutants", env=env))
+        # Compiling for the GPU takes most of the time, and host cores.
+        parallel, threads = workers(max(1, min(10, (os.cpu_count() or 1) // 2)))
+        env = {**TEST_ENV, **threads, **inductor_env()}
+        results.append(run("-m", "pytest", "-m", "gpu", "tests/gpu", "tests/mutants", *parallel, env=env))
     else:
         print("note: no usable CUDA GPU, so the GPU tests did not run", flush=True)
     return all(results)

@@ -138,7 +138,7 @@ def test_triton_debug():
 
     assert triton.knobs.runtime.debug
     for name, case in CASES.items():
-        args = make_call(case, gaps=True)
+        args = Guards().place(make_call(case, gaps=True), gaps=True)
         with case.override():
             out = run(args)
         assert_correct(out, args)

@@ -33,8 +33,8 @@ def described(mutation: kernels.Mutation, outcome: str) -> tuple[str, ...]:
 
 
 def kernel_rows(mutations: Iterable[kernels.Mutation], *, interpret: bool) -> Iterable[tuple[str, ...]]:
-    """(mutant, file, what it breaks, who killed it) of mutated kernels; two at a time in the interpreter."""
-    with tempfile.TemporaryDirectory() as folder, kernels.judges(2 if interpret else 1, interpret=interpret) as judge:
+    """(mutant, file, what it breaks, who killed it) of mutated kernels; on a GPU most of them wait for a deadline."""
+    with tempfile.TemporaryDirectory() as folder, kernels.judges(2 if interpret else 6, interpret=interpret) as judge:
         futures = [(m, judge(Path(folder) / m.name, m, m.first)) for m in mutations]
         for mutation, future in futures:
             yield described(mutation, str(future.result()))
