@@ -5,7 +5,6 @@ symbols; a condition on a symbol becomes a guard (or a runtime assertion) instea
 """
 
 import math
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,12 +12,12 @@ from torch import Tensor
 
 from moe_ops.activations import ACTIVATIONS, Activation
 from moe_ops.arguments import REQUIRED_TENSORS, TENSOR_ARGUMENTS, Arguments
+from moe_ops.checks import either, require, require_name, require_ndim, require_shape
 from moe_ops.memory import may_overlap_itself, may_share
+from moe_ops.quantization.scheme import COMPUTE_DTYPES, FORMATS, Scheme, check_scales, make_scheme
 
 GATE_UP_LAYOUTS = ("concatenated", "interleaved")
 PATHS = ("auto", "tma", "classic", "reference")
-QUANTIZATIONS = ("none", "fp8_w8a8", "int8_w8a8", "int8_w8a16", "int4_w4a16", "mxfp4_w4a16")
-COMPUTE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 INDEX_DTYPES = (torch.int32, torch.int64)
 
 _LARGEST_BLOCK = 256
@@ -35,13 +34,14 @@ class Problem:
         num_experts: E, the experts whose weights are here.
         num_ids: how many values `topk_ids` may take: E, or the length of `expert_map`.
         top_k: routes per token.
-        dtype: the dtype of the GEMMs' operands.
+        dtype: the compute dtype: of the GEMMs' operands where they are not quantised, of the activation, of the routes.
         out_dtype: the dtype of the result.
         activation: the activation's row of the table.
         alpha: the activation's slope, None where it has none.
         limit: the activation's clamp, None where there is none.
         gate_up_layout: "concatenated" or "interleaved" rows of w1.
-        quantization: weight format.
+        scheme: how weights and activations are quantised.
+        weight_dtype: the dtype w1 and w2 are stored in.
         w1_strides: strides of w1 in elements.
         w2_strides: strides of w2 in elements.
         w1_address: address of w1 in bytes, modulo 16: what its alignment needs.
@@ -65,7 +65,8 @@ class Problem:
     alpha: float | None
     limit: float | None
     gate_up_layout: str
-    quantization: str
+    scheme: Scheme
+    weight_dtype: torch.dtype
     w1_strides: tuple[int, ...]
     w2_strides: tuple[int, ...]
     w1_address: int
@@ -107,29 +108,30 @@ def make_problem(args: Arguments, *, traced: bool = False) -> Problem:
     Raises:
         ValueError: a shape, size, device, name or combination of options is wrong.
         TypeError: a dtype is wrong, or a tensor is not a tensor.
-        NotImplementedError: the quantisation format is known but not available.
     """
     _check_types(args)
     activation, alpha, limit = _check_activation(args)
     _check_options(args, activation)
-    _check_shapes(args, activation)
-    _check_dtypes(args)
+    scheme = make_scheme(args)
+    _check_shapes(args, activation, scheme)
+    dtype = _check_dtypes(args, scheme)
     _check_devices(args)
     hidden_states, w1, w2 = args.hidden_states, args.w1, args.w2
     return Problem(
         num_tokens=hidden_states.shape[0],
         hidden_size=hidden_states.shape[1],
-        intermediate_size=w2.shape[2],
+        intermediate_size=scheme.columns(w2.shape[2]),
         num_experts=w1.shape[0],
         num_ids=w1.shape[0] if args.expert_map is None else args.expert_map.shape[0],
         top_k=args.topk_ids.shape[1],
-        dtype=hidden_states.dtype,
-        out_dtype=args.out_dtype or hidden_states.dtype,
+        dtype=dtype,
+        out_dtype=args.out_dtype or dtype,
         activation=activation,
         alpha=alpha,
         limit=limit,
         gate_up_layout=args.gate_up_layout,
-        quantization=args.quantization,
+        scheme=scheme,
+        weight_dtype=w1.dtype,
         w1_strides=w1.stride(),
         w2_strides=w2.stride(),
         w1_address=0 if traced else w1.data_ptr() % 16,
@@ -151,7 +153,7 @@ def check_out(out: Tensor, args: Arguments, problem: Problem, *, traced: bool = 
     """
     if not isinstance(out, Tensor):
         raise TypeError(f"out is {type(out).__name__}, expected a torch.Tensor")
-    _require_shape("out", out, problem.out_shape, "[M, H], or [M, top_k, H] with reduce_topk=False")
+    require_shape("out", out, problem.out_shape, "[M, H], or [M, top_k, H] with reduce_topk=False")
     if out.dtype != problem.out_dtype:
         raise TypeError(
             f"out has dtype {out.dtype}, expected {problem.out_dtype}; allocate it so, or pass out_dtype={out.dtype}"
@@ -181,22 +183,13 @@ def check_route(topk_ids: Tensor, num_experts: int, block: int, expert_map: Tens
         ValueError: a shape, size or device is wrong.
         TypeError: a dtype is wrong.
     """
-    _require_ndim("topk_ids", topk_ids, "[M, top_k]")
-    _require(1 <= block <= 1024, lambda: f"block is {block}, expected 1 to 1024")
+    require_ndim("topk_ids", topk_ids, "[M, top_k]")
+    require(1 <= block <= 1024, lambda: f"block is {block}, expected 1 to 1024")
     most = 2**31 // block - 1
-    _require(1 <= num_experts <= most, lambda: f"num_experts is {num_experts}, expected 1 to {most}")
+    require(1 <= num_experts <= most, lambda: f"num_experts is {num_experts}, expected 1 to {most}")
     _check_ids(topk_ids, expert_map)
     num_routes = topk_ids.shape[0] * topk_ids.shape[1]
     _check_num_routes(num_routes, num_experts, block)
-
-
-def _require(condition: bool | torch.SymBool, message: Callable[[], str], error: type[Exception] = ValueError) -> None:
-    if condition is True:
-        return
-    if isinstance(condition, torch.SymBool):
-        torch._check_with(error, condition, message)
-    elif not condition:
-        raise error(message())
 
 
 def _check_types(args: Arguments) -> None:
@@ -206,14 +199,8 @@ def _check_types(args: Arguments) -> None:
             raise TypeError(f"{name} is {type(value).__name__}, expected a torch.Tensor")
 
 
-def _check_name(argument: str, value: str, allowed: Sequence[str]) -> None:
-    if value not in allowed:
-        names = ", ".join(repr(name) for name in allowed)
-        raise ValueError(f"{argument} is {value!r}, expected one of {names}")
-
-
 def _check_activation(args: Arguments) -> tuple[Activation, float | None, float | None]:
-    _check_name("activation", args.activation, tuple(ACTIVATIONS))
+    require_name("activation", args.activation, tuple(ACTIVATIONS))
     activation = ACTIVATIONS[args.activation]
     alpha, limit = args.activation_alpha, args.activation_limit
     if alpha is not None and activation.default_alpha is None:
@@ -238,9 +225,9 @@ def _check_activation(args: Arguments) -> tuple[Activation, float | None, float 
 
 
 def _check_options(args: Arguments, activation: Activation) -> None:
-    _check_name("path", args.path, PATHS)
-    _check_name("gate_up_layout", args.gate_up_layout, GATE_UP_LAYOUTS)
-    _check_name("quantization", args.quantization, QUANTIZATIONS)
+    require_name("path", args.path, PATHS)
+    require_name("gate_up_layout", args.gate_up_layout, GATE_UP_LAYOUTS)
+    require_name("quantization", args.quantization, FORMATS)
     if args.gate_up_layout == "interleaved" and not activation.gated:
         raise ValueError(
             f"gate_up_layout is 'interleaved', but activation {activation.name!r} has no gate; leave it out"
@@ -248,51 +235,49 @@ def _check_options(args: Arguments, activation: Activation) -> None:
     if not math.isfinite(args.routed_scaling_factor):
         raise ValueError(f"routed_scaling_factor is {args.routed_scaling_factor}, expected a finite number")
     if args.out_dtype is not None and args.out_dtype not in COMPUTE_DTYPES:
-        raise TypeError(f"out_dtype is {args.out_dtype}, expected {_list(COMPUTE_DTYPES)} or None")
-    if args.quantization != "none":
-        raise NotImplementedError(
-            f"quantization={args.quantization!r} is not available in this version; dequantise the weights to "
-            "bfloat16 and pass quantization='none'"
-        )
-    for name in ("w1_scale", "w2_scale", "w1_zero_point", "w2_zero_point", "a1_scale", "a2_scale", "block_shape"):
-        if getattr(args, name) is not None:
-            raise ValueError(f"{name} was given, but quantization is 'none' and does not use it; leave it out")
+        raise TypeError(f"out_dtype is {args.out_dtype}, expected {either(COMPUTE_DTYPES)} or None")
 
 
-def _check_shapes(args: Arguments, activation: Activation) -> None:
+def _check_shapes(args: Arguments, activation: Activation, scheme: Scheme) -> None:
     hidden_states, w1, w2, ids = args.hidden_states, args.w1, args.w2, args.topk_ids
+    half = " / 2" if scheme.packed else ""
     for name, tensor, form in (
         ("hidden_states", hidden_states, "[M, H]"),
-        ("w1", w1, "[E, 2 * I, H] ([E, I, H] for an activation that ends in '_no_gate')"),
-        ("w2", w2, "[E, H, I]"),
+        ("w1", w1, f"[E, 2 * I, H{half}] ([E, I, H{half}] for an activation that ends in '_no_gate')"),
+        ("w2", w2, f"[E, H, I{half}]"),
         ("topk_ids", ids, "[M, top_k]"),
     ):
-        _require_ndim(name, tensor, form)
+        require_ndim(name, tensor, form)
     num_tokens, hidden = hidden_states.shape
-    experts, _, intermediate = w2.shape
+    experts, _, stored = w2.shape
+    intermediate = scheme.columns(stored)
     for name, size in (
         ("hidden_states: H", hidden),
         ("w2: I", intermediate),
         ("w2: E", experts),
         ("topk_ids: top_k", ids.shape[1]),
     ):
-        _require(size >= 1, lambda name=name, size=size: f"{name} is {size}, expected at least 1")
+        require(size >= 1, lambda name=name, size=size: f"{name} is {size}, expected at least 1")
+    if scheme.packed:
+        require(hidden % 2 == 0, lambda: f"hidden_states: H is {hidden}, expected an even number: w1 has two in a byte")
     factor = 2 if activation.gated else 1
     rows = "2 * I" if activation.gated else "I"
-    _require_shape(
+    require_shape(
         "w1",
         w1,
-        (experts, factor * intermediate, hidden),
-        f"[E, {rows}, H] for activation {activation.name!r}, with E and I from w2 {list(w2.shape)} and H from "
+        (experts, factor * intermediate, hidden // 2 if scheme.packed else hidden),
+        f"[E, {rows}, H{half}] for activation {activation.name!r}, with E and I from w2 {list(w2.shape)} and H from "
         f"hidden_states {list(hidden_states.shape)}",
     )
-    _require_shape("w2", w2, (experts, hidden, intermediate), "[E, H, I], with H from hidden_states")
-    _require_shape("topk_ids", ids, (num_tokens, ids.shape[1]), "[M, top_k], with M from hidden_states")
-    _require_shape("topk_weights", args.topk_weights, ids.shape, "[M, top_k], as topk_ids")
+    require_shape("w2", w2, (experts, hidden, stored), f"[E, H, I{half}], with H from hidden_states")
+    require_shape("topk_ids", ids, (num_tokens, ids.shape[1]), "[M, top_k], with M from hidden_states")
+    require_shape("topk_weights", args.topk_weights, ids.shape, "[M, top_k], as topk_ids")
     if args.w1_bias is not None:
-        _require_shape("w1_bias", args.w1_bias, (experts, factor * intermediate), f"[E, {rows}], the rows of w1")
+        require_shape("w1_bias", args.w1_bias, (experts, factor * intermediate), f"[E, {rows}], the rows of w1")
     if args.w2_bias is not None:
-        _require_shape("w2_bias", args.w2_bias, (experts, hidden), "[E, H]")
+        require_shape("w2_bias", args.w2_bias, (experts, hidden), "[E, H]")
+    if scheme.quantized:
+        check_scales(args, scheme, factor * intermediate)
     _check_ids(ids, args.expert_map)
     _check_num_routes(num_tokens * ids.shape[1], experts, _LARGEST_BLOCK)
 
@@ -300,11 +285,11 @@ def _check_shapes(args: Arguments, activation: Activation) -> None:
 def _check_ids(topk_ids: Tensor, expert_map: Tensor | None) -> None:
     if topk_ids.dtype not in INDEX_DTYPES:
         raise TypeError(
-            f"topk_ids has dtype {topk_ids.dtype}, expected {_list(INDEX_DTYPES)}; cast it: topk_ids.to(torch.int32)"
+            f"topk_ids has dtype {topk_ids.dtype}, expected {either(INDEX_DTYPES)}; cast it: topk_ids.to(torch.int32)"
         )
     if expert_map is None:
         return
-    _require_ndim("expert_map", expert_map, "[E_global]")
+    require_ndim("expert_map", expert_map, "[E_global]")
     if expert_map.dtype != torch.int32:
         raise TypeError(
             f"expert_map has dtype {expert_map.dtype}, expected torch.int32; cast it: expert_map.to(torch.int32)"
@@ -318,7 +303,7 @@ def _check_ids(topk_ids: Tensor, expert_map: Tensor | None) -> None:
 
 def _check_num_routes(num_routes: int, num_experts: int, block: int) -> None:
     """Row numbers of the sorted order are int32 on the device, padding included."""
-    _require(
+    require(
         num_routes + num_experts * block < 2**31,
         lambda: (
             f"topk_ids has M * top_k = {num_routes} routes, expected fewer than {2**31 - num_experts * block}; "
@@ -327,46 +312,37 @@ def _check_num_routes(num_routes: int, num_experts: int, block: int) -> None:
     )
 
 
-def _require_ndim(name: str, tensor: Tensor, form: str) -> None:
-    ndim = form.split("]")[0].count(",") + 1
-    if tensor.ndim != ndim:
-        raise ValueError(f"{name} has shape {list(tensor.shape)}, expected {ndim} dimensions: {form}")
-
-
-def _require_shape(name: str, tensor: Tensor, shape: Sequence[int], form: str) -> None:
-    def message() -> str:
-        return f"{name} has shape {list(tensor.shape)}, expected {list(shape)}: {form}"
-
-    _require(tensor.ndim == len(shape), message)
-    for got, expected in zip(tensor.shape, shape, strict=True):
-        _require(got == expected, message)
-
-
-def _check_dtypes(args: Arguments) -> None:
+def _check_dtypes(args: Arguments, scheme: Scheme) -> torch.dtype:
+    """The compute dtype."""
     dtype = args.hidden_states.dtype
-    if dtype not in COMPUTE_DTYPES:
+    if scheme.inputs_given:
+        dtype = args.out_dtype if args.out_dtype in (torch.bfloat16, torch.float16) else torch.bfloat16
+    elif dtype not in COMPUTE_DTYPES:
+        quantized = "" if scheme.row_dtype is None else f", or {scheme.row_dtype} with a1_scale"
+        cure = "" if scheme.quantized else " and the weights"
         raise TypeError(
-            f"hidden_states has dtype {dtype}, expected {_list(COMPUTE_DTYPES)}; cast it and the weights: "
+            f"hidden_states has dtype {dtype}, expected {either(COMPUTE_DTYPES)}{quantized}; cast it{cure}: "
             "hidden_states.to(torch.bfloat16)"
         )
     for name in ("w1", "w2"):
         got = getattr(args, name).dtype
-        if got != dtype:
+        if not scheme.quantized and got != dtype:
             raise TypeError(
                 f"{name} has dtype {got}, expected {dtype}, the dtype of hidden_states; cast one of them: "
-                f"{name}.to({dtype}) or hidden_states.to({got})"
+                f"{name}.to({dtype}) or hidden_states.to({got}); quantised weights need quantization="
             )
     for name in ("w1_bias", "w2_bias"):
         bias = getattr(args, name)
         if bias is not None and bias.dtype not in (dtype, torch.float32):
             raise TypeError(
-                f"{name} has dtype {bias.dtype}, expected {_list((dtype, torch.float32))}; cast it: {name}.to({dtype})"
+                f"{name} has dtype {bias.dtype}, expected {either((dtype, torch.float32))}; cast it: {name}.to({dtype})"
             )
     if not args.topk_weights.dtype.is_floating_point or args.topk_weights.dtype.itemsize == 1:
         raise TypeError(
             f"topk_weights has dtype {args.topk_weights.dtype}, expected a floating-point dtype of at least 16 bits; "
             "cast it: topk_weights.to(torch.float32)"
         )
+    return dtype
 
 
 def _check_devices(args: Arguments) -> None:
@@ -377,7 +353,3 @@ def _check_devices(args: Arguments) -> None:
                 f"{name} is on {tensor.device}, expected {device}, where hidden_states is; move it: "
                 f"{name}.to('{device}')"
             )
-
-
-def _list(values: Sequence[object]) -> str:
-    return " or ".join(str(value) for value in values)

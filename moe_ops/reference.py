@@ -11,10 +11,13 @@ from torch.nn import functional
 
 from moe_ops.activations import Activation
 from moe_ops.problem import Arguments, Problem, make_problem
+from moe_ops.quantization import dequantize, dequantize_activations
 
 
 def fused_moe_reference(args: Arguments, dtype: torch.dtype = torch.float64) -> Tensor:
     """Computes a call in `dtype`, without any rounding to the inputs' own dtype.
+
+    Quantised tensors are what they stand for; nothing that arrives in 16 bits is quantised.
 
     Args:
         args: the call. Any device.
@@ -38,16 +41,19 @@ def fused_moe_reference(args: Arguments, dtype: torch.dtype = torch.float64) -> 
     tokens = torch.arange(problem.num_tokens, device=experts.device).repeat_interleave(problem.top_k)
     router_weights = args.topk_weights.to(dtype).flatten()
     routes = torch.zeros(problem.num_routes, problem.hidden_size, dtype=dtype, device=experts.device)
+    inputs = args.hidden_states
+    if problem.scheme.inputs_given:
+        inputs = dequantize_activations(inputs, args.a1_scale, dtype)
     for expert in range(problem.num_experts):
         mine = (experts == expert).nonzero().flatten()
         if mine.numel() == 0:
             continue
-        up = args.hidden_states[tokens[mine]].to(dtype) @ args.w1[expert].to(dtype).T
+        up = inputs[tokens[mine]].to(dtype) @ expert_weight(args, problem, "w1", expert, dtype).T
         if problem.router_weight_on_input:
             up = up * router_weights[mine, None]
         if args.w1_bias is not None:
             up = up + args.w1_bias[expert].to(dtype)
-        down = activate(up, problem) @ args.w2[expert].to(dtype).T
+        down = activate(up, problem) @ expert_weight(args, problem, "w2", expert, dtype).T
         if args.w2_bias is not None:
             down = down + args.w2_bias[expert].to(dtype)
         if not problem.router_weight_on_input:
@@ -55,6 +61,30 @@ def fused_moe_reference(args: Arguments, dtype: torch.dtype = torch.float64) -> 
         routes[mine] = down * problem.routed_scaling_factor
     routes = routes.view(problem.num_tokens, problem.top_k, problem.hidden_size)
     return routes.sum(1) if problem.reduce_topk else routes
+
+
+def expert_weight(args: Arguments, problem: Problem, which: str, expert: int, dtype: torch.dtype) -> Tensor:
+    """One expert's weights as numbers.
+
+    Args:
+        args: the call.
+        problem: its description.
+        which: "w1" or "w2".
+        expert: which of them.
+        dtype: of the result.
+
+    Returns:
+        [N, K] in `dtype`.
+    """
+    weight, scheme = getattr(args, which)[expert], problem.scheme
+    if not scheme.quantized:
+        return weight.to(dtype)
+    zero_point = getattr(args, f"{which}_zero_point")
+    return dequantize(
+        weight, getattr(args, f"{which}_scale")[expert], scheme.name,
+        block_shape=(scheme.scale_rows, scheme.scale_columns) if scheme.scale_columns else None,
+        zero_point=None if zero_point is None else zero_point[expert], dtype=dtype,
+    )  # fmt: skip
 
 
 def local_experts(topk_ids: Tensor, num_experts: int, expert_map: Tensor | None = None) -> Tensor:
