@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from moe_ops.cli import plots
-from moe_ops.cli.recorded import beside, load_peers
+from moe_ops.cli.recorded import beside, check_recorded, load_peers
 from moe_ops.cli.table import fastest_path
 
 Row = Iterable[object]
@@ -52,12 +52,11 @@ def peers_table(ours: dict, peers: dict) -> Iterator[str]:
 
 def stages_table(ours: dict) -> Iterator[str]:
     """Each stage alone, and the whole op over up + down + combine at the stream's rate."""
-    shown = {
-        "route": {"us": ".1f"},
-        "up": {"us": ".1f", "tflops": ".0f", "of_cublas": ".2f", "of_limit": ".2f"},
-        "down": {"us": ".1f", "tflops": ".0f", "of_cublas": ".2f", "of_limit": ".2f"},
-        "combine": {"us": ".1f", "of_stream": ".2f"},
-    }
+    gemm = {"us": ".1f", "tflops": ".0f", "of_cublas": ".2f", "of_limit": ".2f"}
+    shown = {"route": {"us": ".1f"}, "up": gemm, "down": gemm, "combine": {"us": ".1f", "of_stream": ".2f"}}
+    if any(cell.get("scaled_mm_tflops") for cell in ours["cells"]):  # in fp8 or int8
+        gemm["of_scaled_mm"] = ".2f"
+        shown = {"quantize": {"us": ".1f", "of_stream": ".2f"}, **shown}
     rows = []
     for cell in ours["cells"]:
         for path, facts in cell.get("paths", {}).items():
@@ -98,7 +97,7 @@ def _key(cell: dict) -> tuple[str, int]:
 def head(record: dict) -> list[str]:
     """Where and with what a record was made."""
     facts = f"{record['device']}, torch {record['torch']}, triton {record['triton']}"
-    return [f"{facts}, {record['date']}, {record['dtype']}.", ""]
+    return [f"{facts}, {record['date']}, {plots.describe_dtype(record)}.", ""]
 
 
 def table(columns: list[str], rows: Iterable[Row]) -> Iterator[str]:
@@ -120,12 +119,12 @@ def main(arguments: list[str]) -> None:
         case ["skew", *files] if files:
             lines = skew_table([_load(file) for file in files])
         case ["plot", ours, folder, *peers] if len(peers) < 2:
-            record = _load(ours)
-            for cell in record["cells"] if peers else ():
-                cell["recorded"] = beside(cell, load_peers(*peers))
+            record, recorded = _pair(_load(ours), *peers) if peers else (_load(ours), None)
+            for cell in record["cells"] if recorded else ():
+                cell["recorded"] = beside(cell, recorded)
             lines = map(str, plots.plot(record, folder))
         case [ours, peers]:
-            lines = peers_table(_graphs(_load(ours)), load_peers(peers))
+            lines = peers_table(*_pair(_graphs(_load(ours)), peers))
         case _:
             sys.exit(__doc__)
     print(*lines, sep="\n")
@@ -139,6 +138,16 @@ def _graphs(record: dict) -> dict:
     if record["mode"] != "graph":
         sys.exit(f"the record's mode is {record['mode']!r}, and the peers were recorded in CUDA graphs")
     return record
+
+
+def _pair(record: dict, file: str) -> tuple[dict, dict]:
+    """A record, and the recorded peers of a file if they can stand beside it."""
+    peers = load_peers(file)
+    try:
+        check_recorded(peers, file, record["dtype"], record.get("format", "none"))
+    except ValueError as error:
+        sys.exit(str(error))
+    return record, peers
 
 
 if __name__ == "__main__":

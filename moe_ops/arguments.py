@@ -6,6 +6,8 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
+from moe_ops.memory import merge_blocks
+
 
 @dataclass(slots=True, eq=False)
 class Arguments:
@@ -37,6 +39,10 @@ class Arguments:
     deterministic: bool = True
     path: str = "auto"
     out_dtype: torch.dtype | None = None
+
+    def __post_init__(self) -> None:
+        if self.quantization == "mxfp4_w4a16" and isinstance(self.w1, Tensor) and isinstance(self.w2, Tensor):
+            self.w1, self.w2 = merge_blocks(self.w1), merge_blocks(self.w2)
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors that were given, by argument name."""

@@ -8,11 +8,13 @@ from dataclasses import dataclass, field, replace
 from moe_ops import env, routing
 from moe_ops.devices import Device
 from moe_ops.problem import PATHS, Problem
-from moe_ops.tuning import VARIANTS, TileConfig, choose_variant, pingpong_tiles_obstacle, tile_configs, variant_obstacle
+from moe_ops.quantization.scheme import GROUP
+from moe_ops.tuning import VARIANTS, TileConfig, choose_variant, tile_configs, tiles_obstacle, variant_obstacle
 
 # TMA: base addresses and all strides but the innermost in units of 16 bytes.
 _TMA_ALIGNMENT = 16
 _ROW_UNIT = 16
+_FP8_CAPABILITY = (8, 9)
 _INTERPRETER_CURE = "set TRITON_INTERPRET=1 before the process starts to run Triton kernels on the CPU"
 
 
@@ -24,7 +26,8 @@ class Plan:
         path: "tma", "classic", "cpu" or "reference".
         reason: why this path, in words.
         variant: "direct" (no sort, matrix-vector products of each route), "sorted", "pingpong" (sorted, with the
-            warp-specialised GEMMs); "" on the paths without kernels.
+            warp-specialised GEMMs), "blockscaled" (the same for fp8 with a scale per block); "" on the paths without
+            kernels.
         dependent_launch: each kernel may start while the one before it finishes.
         up: tile of the up GEMM; None on the paths without tiles.
         down: tile of the down GEMM; None on the paths without tiles.
@@ -134,10 +137,9 @@ def _check_tiles(problem: Problem, variant: str, up: TileConfig, down: TileConfi
         raise ValueError(f"block_m is {up.block_m} in variant {variant!r}; it is 1 in 'direct', and in no other")
     if not unsorted and min(min(tile.block_m, tile.block_n, tile.block_k) for tile in (up, down)) < 16:
         raise ValueError(f"a block of {up} or {down} is below 16, which only variant 'direct' can have")
-    if variant == "pingpong":
-        obstacle = pingpong_tiles_obstacle(problem, up, down)
-        if obstacle is not None:
-            raise ValueError(obstacle)
+    obstacle = tiles_obstacle(variant, problem, up, down)
+    if obstacle is not None:
+        raise ValueError(obstacle)
 
 
 def row_stride(columns: int) -> int:
@@ -150,7 +152,19 @@ def _workspace_bytes(problem: Problem, plan: Plan) -> int:
     if plan.variant == "direct":
         return act
     rows = plan.max_rows * row_stride(problem.hidden_size) * problem.dtype.itemsize
-    return act + rows + routing.workspace_bytes(problem.num_routes, problem.num_experts, plan.block_m)
+    scheme, quantized = problem.scheme, 0
+    if scheme.quantizes_inputs:
+        quantized += _quantized_bytes(problem.num_tokens, problem.hidden_size, scheme.inputs)
+    if scheme.act:
+        quantized += _quantized_bytes(plan.max_rows, problem.intermediate_size, scheme.act)
+    sort = routing.workspace_bytes(problem.num_routes, problem.num_experts, plan.block_m)
+    return act + rows + quantized + sort
+
+
+def _quantized_bytes(num_rows: int, columns: int, granularity: str) -> int:
+    """Rows of one byte an element, and their scales where they are not given."""
+    scales = {"token": 1, "group": -(-columns // GROUP)}.get(granularity, 0)
+    return num_rows * (row_stride(columns) + 4 * scales)
 
 
 def choose_path(problem: Problem, device: Device) -> tuple[str, str]:
@@ -162,6 +176,7 @@ def choose_path(problem: Problem, device: Device) -> tuple[str, str]:
         return "cpu", "the tensors are on the CPU"
     if asked in ("auto", "classic") or device.kind != "cuda":
         obstacle = triton_obstacle(device)
+        obstacle = obstacle or format_obstacle(problem, device)
         if obstacle is not None:
             asked_for = "" if asked == "auto" else f"path is {asked!r}, but "
             raise ValueError(f"{asked_for}{obstacle}")
@@ -186,6 +201,19 @@ def triton_obstacle(device: Device) -> str | None:
     return None
 
 
+def format_obstacle(problem: Problem, device: Device) -> str | None:
+    """Why no Triton kernel there multiplies a call's format, with the way out; None if one does."""
+    if problem.scheme.name != "fp8_w8a8" or device.interpreted or device.capability is None:
+        return None
+    if device.capability < _FP8_CAPABILITY:
+        major, minor = device.capability
+        return (
+            f"{device.name or 'the device'} has compute capability {major}.{minor}, and fp8 needs 8.9; dequantise the "
+            "weights (moe_ops.quantization.dequantize), or pass path='reference'"
+        )
+    return None
+
+
 def tma_obstacle(problem: Problem, device: Device) -> str | None:
     """Why the TMA path cannot run this call there; None if it can."""
     if not device.interpreted:
@@ -201,11 +229,16 @@ def tma_obstacle(problem: Problem, device: Device) -> str | None:
     if problem.dtype.itemsize == 4 and not device.interpreted:
         return "float32 is computed in IEEE arithmetic, which the tensor cores behind TMA tiles do not have"
     halves = problem.activation.gated and problem.gate_up_layout == "concatenated"
-    return _weight_obstacle(
-        "w1", problem.w1_strides, problem.w1_address, problem.dtype.itemsize, problem.w1_rows, halves
-    ) or _weight_obstacle(
-        "w2", problem.w2_strides, problem.w2_address, problem.dtype.itemsize, problem.hidden_size, False
-    )
+    for name, strides, address, rows, split in (
+        ("w1", problem.w1_strides, problem.w1_address, problem.w1_rows, halves),
+        ("w2", problem.w2_strides, problem.w2_address, problem.hidden_size, False),
+    ):
+        if problem.scheme.quantized and strides[2] != 1:
+            return f"{name} has strides {strides}, and a quantised weight needs contiguous rows for TMA"
+        obstacle = _weight_obstacle(name, strides, address, problem.weight_dtype.itemsize, rows, split)
+        if obstacle is not None:
+            return obstacle
+    return None
 
 
 def _weight_obstacle(

@@ -32,3 +32,17 @@ def _range(tensor: Tensor) -> tuple[int, int]:
         return first, first
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     return first, first + (last + 1) * tensor.element_size()
+
+
+def merge_blocks(weight: Tensor) -> Tensor:
+    """mxfp4 values as gpt-oss stores them, [E, N, K / 32, 16], as [E, N, K / 2]: the same memory, no copy.
+
+    Args:
+        weight: uint8; other shapes, and blocks that do not follow one another in memory, are returned as they are.
+
+    Returns:
+        A view.
+    """
+    if weight.ndim == 4 and weight.stride(2) == weight.shape[3] * weight.stride(3):
+        return weight.view(*weight.shape[:2], -1)
+    return weight

@@ -11,13 +11,9 @@ from moe_ops.problem import Arguments, Problem
 
 def run(args: Arguments, problem: Problem, plan: Plan, out: Tensor) -> Tensor:
     """Runs a call on the classic path; see `pipeline.run`."""
-    return pipeline.run(args, problem, plan, out, _describe_operands)
+    return pipeline.run(args, problem, plan, out, None)
 
 
 def stages(args: Arguments, problem: Problem, plan: Plan, out: Tensor) -> Iterator[str]:
     """Runs a call stage by stage; see `pipeline.stages`."""
-    return pipeline.stages(args, problem, plan, out, _describe_operands)
-
-
-def _describe_operands(*_) -> pipeline.Operands:
-    return pipeline.Operands(None, None, None)
+    return pipeline.stages(args, problem, plan, out, None)

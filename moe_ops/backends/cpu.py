@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from moe_ops.problem import Arguments, Problem
-from moe_ops.reference import activate, local_experts
+from moe_ops.quantization import dequantize_activations, quantize_activations
+from moe_ops.reference import activate, expert_weight, local_experts
 from moe_ops.routing import Routing, empty_routing
 
 # Rows of experts that are taken together: enough to share the calls around the matrix products, few enough to stay
@@ -45,17 +46,21 @@ def run(args: Arguments, problem: Problem, out: Tensor) -> Tensor:
     """
     experts, order, groups = _group_routes(args, problem)
     dropped = len(groups) > 0 and groups[0].expert < 0
+    scheme, hidden_states = problem.scheme, _inputs(args, problem)
     weights = args.topk_weights.float().flatten().unsqueeze(1)
     if order is None:
-        inputs = args.hidden_states.expand(problem.num_routes, -1)
+        inputs = hidden_states.expand(problem.num_routes, -1)
     else:
         weights, tokens = weights[order], order // problem.top_k
-    up_product, down_product = _GroupedProduct(args.w1), _GroupedProduct(args.w2)
+    if scheme.quantized:
+        up_product, down_product = (_DequantizedProduct(args, problem, which) for which in ("w1", "w2"))
+    else:
+        up_product, down_product = _GroupedProduct(args.w1), _GroupedProduct(args.w2)
     # In the order of the routes, so that the sum over k has the order of k. Routes without an expert stay 0.
     routes = (torch.zeros if dropped else torch.empty)(problem.num_routes, problem.hidden_size)
     for chunk in _chunks(groups[1:] if dropped else groups):
         rows = slice(chunk[0].start, chunk[-1].stop)
-        up = up_product(inputs[rows] if order is None else args.hidden_states[tokens[rows]], chunk)
+        up = up_product(inputs[rows] if order is None else hidden_states[tokens[rows]], chunk)
         if problem.router_weight_on_input or args.w1_bias is not None:
             up = up.float()
             if problem.router_weight_on_input:
@@ -63,15 +68,41 @@ def run(args: Arguments, problem: Problem, out: Tensor) -> Tensor:
             if args.w1_bias is not None:
                 up += args.w1_bias[experts[rows]]
         act = activate(up.float(), problem).to(problem.dtype)
+        if scheme.act:
+            act = _quantized(act, problem, scheme.act, _act_scale(args, problem, experts[rows]))
         down = down_product(act, chunk)
         if args.w2_bias is not None:
-            down = (down.float() + args.w2_bias[experts[rows]]).to(problem.dtype)
+            down = down.float() + args.w2_bias[experts[rows]]
+        down = down.to(problem.dtype)
         weighted = down.float() if problem.router_weight_on_input else down * weights[rows]
         routes[rows if order is None else order[rows]] = weighted
     if problem.routed_scaling_factor != 1.0:
         routes *= problem.routed_scaling_factor
     routes = routes.view(problem.num_tokens, problem.top_k, problem.hidden_size)
     return out.copy_(routes.sum(1) if problem.reduce_topk else routes)
+
+
+def _inputs(args: Arguments, problem: Problem) -> Tensor:
+    """The hidden states as the up projection multiplies them."""
+    scheme = problem.scheme
+    if scheme.inputs_given:
+        return dequantize_activations(args.hidden_states, args.a1_scale)
+    if scheme.inputs:
+        return _quantized(args.hidden_states, problem, scheme.inputs, args.a1_scale)
+    return args.hidden_states
+
+
+def _act_scale(args: Arguments, problem: Problem, experts: Tensor) -> Tensor | None:
+    """The given scale of the activation's rows, if there is one."""
+    if problem.scheme.act == "expert":
+        return args.a2_scale[experts].unsqueeze(1)
+    return args.a2_scale
+
+
+def _quantized(x: Tensor, problem: Problem, granularity: str, scale: Tensor | None) -> Tensor:
+    """x rounded to the format of the rows, in float32."""
+    q, scale = quantize_activations(x, problem.scheme.row_dtype, granularity, scale)
+    return dequantize_activations(q, scale)
 
 
 def _group_routes(args: Arguments, problem: Problem) -> tuple[Tensor, Tensor | None, list[Group]]:
@@ -141,6 +172,25 @@ class _GroupedProduct:
         if self._wide_block is None:
             self._wide_block = torch.empty_like(blocks, dtype=torch.float32)
         return self._wide_block.copy_(blocks)
+
+
+class _DequantizedProduct:
+    """rows @ weights[expert]^T in float32 for rows sorted by expert; an expert's weights are numbers while it has rows.
+
+    Args:
+        args: the call.
+        problem: its description.
+        which: "w1" or "w2".
+    """
+
+    def __init__(self, args: Arguments, problem: Problem, which: str):
+        self._weights = functools.partial(expert_weight, args, problem, which, dtype=torch.float32)
+
+    def __call__(self, rows: Tensor, groups: Sequence[Group]) -> Tensor:
+        """[n, K] -> [n, N]; `groups` cover the n rows in order."""
+        counts = [group.stop - group.start for group in groups]
+        parts = rows.float().split(counts)
+        return torch.cat([part @ self._weights(group.expert).T for part, group in zip(parts, groups, strict=True)])
 
 
 def _parts(columns: int, depth: int) -> int:

@@ -3,7 +3,18 @@
 import triton
 from torch import Tensor
 
-from moe_ops.backends.launch import Launcher, bias_and_stride, dependent, result_launch, unit, weight_constexprs
+from moe_ops.backends.launch import (
+    Launcher,
+    bias_and_stride,
+    dependent,
+    format_constexprs,
+    result_launch,
+    unit,
+    weight_constexprs,
+    weight_scales,
+)
+from moe_ops.backends.quantize import given_rows
+from moe_ops.backends.scaled import ScaledRows
 from moe_ops.dispatch import Plan
 from moe_ops.kernels import gemv as kernels
 from moe_ops.problem import Arguments, Problem
@@ -25,17 +36,19 @@ def up(args: Arguments, problem: Problem, plan: Plan, ids: Tensor, expert_map: T
     """
     config, activation, x, w1 = plan.up, problem.activation, args.hidden_states, args.w1
     bias, stride_be = bias_and_stride(args.w1_bias)
+    scaled = given_rows(x, args.a1_scale) if problem.scheme.inputs_given else ScaledRows(x)
     Launcher(plan.kernels)(
         "up", kernels.gemv_up_kernel, problem.num_routes * triton.cdiv(problem.intermediate_size, config.block_n),
         (x, w1, bias, router_weights if problem.router_weight_on_input else None, act, ids, expert_map,
          problem.num_routes, problem.num_ids, problem.num_experts, problem.top_k,
          problem.hidden_size, problem.intermediate_size, problem.alpha or 0.0, problem.limit or 0.0,
-         *x.stride(), *problem.w1_strides, stride_be, act.stride(0)),
+         *x.stride(), *problem.w1_strides, stride_be, act.stride(0),
+         scaled.scale, scaled.stride_row, scaled.stride_group, *weight_scales(args, problem, "w1")),
         lambda: {
             "ACTIVATION": activation.name, "GATED": activation.gated,
             "INTERLEAVED": problem.gate_up_layout == "interleaved", "HAS_LIMIT": problem.limit is not None,
             "H_UNIT": unit(problem.hidden_size), "X_UNIT": unit(x.stride(0)), **weight_constexprs(w1),
-            "EVEN_K": problem.hidden_size % config.block_k == 0, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k,
+            **_reduction(problem, w1, config.block_k), "BLOCK_N": config.block_n,
             "num_warps": config.num_warps, **dependent(plan, follows=False),
         },
     )  # fmt: skip
@@ -63,11 +76,16 @@ def down(args: Arguments, problem: Problem, plan: Plan, ids: Tensor, expert_map:
         (act, w2, bias, router_weights, out, ids, expert_map,
          problem.routed_scaling_factor, problem.num_ids, problem.num_experts, problem.top_k,
          problem.hidden_size, problem.intermediate_size,
-         act.stride(0), *problem.w2_strides, stride_be, *out_strides),
+         act.stride(0), *problem.w2_strides, stride_be, *out_strides, *weight_scales(args, problem, "w2")),
         lambda: {
             "I_UNIT": unit(problem.intermediate_size), **weight_constexprs(w2),
-            "EVEN_K": problem.intermediate_size % config.block_k == 0,
+            **_reduction(problem, w2, config.block_k),
             "SLOTS": min(TOKEN_ROUTES, triton.next_power_of_2(problem.top_k)), "REDUCE": problem.reduce_topk,
-            "BLOCK_N": config.block_n, "BLOCK_K": config.block_k, "num_warps": config.num_warps, **dependent(plan),
+            "BLOCK_N": config.block_n, "num_warps": config.num_warps, **dependent(plan),
         },
     )  # fmt: skip
+
+
+def _reduction(problem: Problem, weight: Tensor, block_k: int) -> dict[str, object]:
+    """Steps along K, in what is stored, and the format."""
+    return {"EVEN_K": weight.shape[2] % block_k == 0, "BLOCK_K": block_k, **format_constexprs(problem)}

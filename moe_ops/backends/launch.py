@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from moe_ops.dispatch import Plan
+from moe_ops.problem import Arguments, Problem
 
 
 class Launcher:
@@ -67,6 +68,23 @@ def bias_and_stride(bias: Tensor | None) -> tuple[Tensor | None, int]:
     return bias, bias.stride(0)
 
 
+def weight_scales(args: Arguments, problem: Problem, which: str) -> tuple[Tensor | int | None, ...]:
+    """Scales and zero points of "w1" or "w2", each with its strides over experts, rows and groups; 0 where shared."""
+    if not problem.scheme.quantized:
+        return None, 0, 0, 0, None, 0, 0, 0
+    scale, zero_point = getattr(args, f"{which}_scale"), getattr(args, f"{which}_zero_point")
+    if scale.dtype == torch.float8_e8m0fnu:
+        scale = scale.view(torch.uint8)
+    strides = (*scale.stride(), 0, 0)[:3]
+    return (scale, *strides, zero_point, *((0, 0, 0) if zero_point is None else zero_point.stride()))
+
+
+def format_constexprs(problem: Problem) -> dict[str, object]:
+    """What the kernels have to know of the format of the weights."""
+    scheme = problem.scheme
+    return {"FORMAT": scheme.name, "SCALE_ROWS": scheme.scale_rows, "SCALE_COLUMNS": scheme.scale_columns}
+
+
 def result_launch(stage: str, out: Tensor, reduce_topk: bool) -> tuple[Hashable, tuple[int, int, int]]:
     """The name of the launch that writes the result, and the result's strides over tokens, slots and columns.
 
@@ -77,8 +95,8 @@ def result_launch(stage: str, out: Tensor, reduce_topk: bool) -> tuple[Hashable,
 
 
 def unit(*sizes: int) -> int:
-    """A unit of 16 bytes for 16-bit elements, where all sizes are multiples of it: what vector loads need to know."""
-    return 8 if all(size % 8 == 0 for size in sizes) else 1
+    """What all sizes are multiples of, 32, 16 or 8, else 1: what the compiler has to know to load 16 bytes at once."""
+    return next((n for n in (32, 16, 8) if all(size % n == 0 for size in sizes)), 1)
 
 
 def weight_constexprs(weight: Tensor) -> dict[str, object]:

@@ -4,26 +4,33 @@ They take the place of the pipeline's own two GEMMs where `tuning.variants.pingp
 operands; the row block is 64.
 """
 
+import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 from triton.experimental.gluon.language import NVMMASharedLayout
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from moe_ops.backends.launch import Launcher, bias_and_stride
+from moe_ops.backends.scaled import ScaledRows
 from moe_ops.dispatch import Plan
 from moe_ops.kernels.pingpong import pingpong_kernel
 from moe_ops.problem import Arguments, Problem
 from moe_ops.routing import Routing
 
 # Columns of a box of the result; two such boxes, one a consumer, beside the stages.
-_BOX = 64
-# Alignment of what cp.async copies: 16 bytes, 8 elements.
-_COPY_BYTES, _COPY_ELEMENTS = 16, 8
+BOX = 64
+# What a thread's cp.async copies, and the alignment of it.
+_COPY_BYTES = 16
+# A row of a box in shared memory takes as many bytes as the swizzle spans, at most.
+_LARGEST_SWIZZLE = 128
+TRITON_DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 # Whether the consumers fence the gathered rows; measured, see docs/kernels.md.
 PROXY_FENCE = True
 
 
-def up(args: Arguments, problem: Problem, plan: Plan, routing: Routing, router_weights: Tensor, act: Tensor) -> None:
+def up(args: Arguments, problem: Problem, plan: Plan, routing: Routing, router_weights: Tensor, x: ScaledRows,
+       act: Tensor, act_scale: Tensor | None) -> None:  # fmt: skip
     """act[p] = act(x[token of p] @ w1[e]^T (* router weight) + b1[e]) for the sorted rows p.
 
     Args:
@@ -32,19 +39,21 @@ def up(args: Arguments, problem: Problem, plan: Plan, routing: Routing, router_w
         plan: of variant "pingpong".
         routing: the sorted routes, blocks of 64.
         router_weights: [M, top_k], contiguous.
-        act: [max_rows, I], rows 16 bytes aligned; written, padding rows included.
+        x: the hidden states, quantised where w1 is.
+        act: [max_rows, I], rows 16 bytes aligned; written, padding rows included. In the compute dtype, or in fp8.
+        act_scale: scales that an fp8 act is divided by, float32: [1], or [E], one per expert. None without.
     """
     activation = problem.activation
     _launch(
-        _copyable(args.hidden_states), None, args.w1, args.w1_bias,
-        router_weights if problem.router_weight_on_input else None, act, routing, problem, plan, "up",
+        x._replace(values=copyable(x.values)), True, args.w1, args.w1_scale, args.w1_bias,
+        router_weights if problem.router_weight_on_input else None, act, act_scale, routing, problem, plan, "up",
         K=problem.hidden_size, ACTIVATION=activation.name, GATED=activation.gated,
         INTERLEAVED=activation.gated and problem.gate_up_layout == "interleaved",
         HAS_LIMIT=problem.limit is not None,
     )  # fmt: skip
 
 
-def down(args: Arguments, problem: Problem, plan: Plan, routing: Routing, act: Tensor, rows: Tensor) -> None:
+def down(args: Arguments, problem: Problem, plan: Plan, routing: Routing, act: ScaledRows, rows: Tensor) -> None:
     """rows[p] = act[p] @ w2[e]^T + b2[e] for the sorted rows p.
 
     Args:
@@ -52,52 +61,63 @@ def down(args: Arguments, problem: Problem, plan: Plan, routing: Routing, act: T
         problem: its description.
         plan: of variant "pingpong".
         routing: the sorted routes, blocks of 64.
-        act: [max_rows, I], what `up` wrote.
+        act: [max_rows, I], rows 16 bytes aligned, quantised where w2 is.
         rows: [max_rows, H], rows 16 bytes aligned; written, padding rows included.
     """
     _launch(
-        None, act, args.w2, args.w2_bias, None, rows, routing, problem, plan, "down",
+        act, False, args.w2, args.w2_scale, args.w2_bias, None, rows, None, routing, problem, plan, "down",
         K=problem.intermediate_size, ACTIVATION=None, GATED=False, INTERLEAVED=False, HAS_LIMIT=False,
     )  # fmt: skip
 
 
-def _launch(x: Tensor | None, act: Tensor | None, weight: Tensor, bias: Tensor | None, router_weights: Tensor | None,
-            out: Tensor, routing: Routing, problem: Problem, plan: Plan, name: str, *, GATED: bool, INTERLEAVED: bool,
-            **constexprs) -> None:  # fmt: skip
+def _launch(rows: ScaledRows, gather: bool, weight: Tensor, weight_scale: Tensor | None, bias: Tensor | None,
+            router_weights: Tensor | None, out: Tensor, out_scale: Tensor | None, routing: Routing, problem: Problem,
+            plan: Plan, name: str, *, GATED: bool, INTERLEAVED: bool, **constexprs) -> None:  # fmt: skip
     config = plan.up if name == "up" else plan.down
     columns = config.block_n * 2 if GATED else config.block_n
     box = columns // 2 if GATED and not INTERLEAVED else columns
+    values = rows.values
+    per_channel = weight_scale is not None and weight_scale.ndim == 2
+    if per_channel:
+        weight_scale, stride_we = bias_and_stride(weight_scale)
+    else:
+        stride_we = 0 if weight_scale is None else weight_scale.stride(0)
     bias, stride_be = bias_and_stride(bias)
     Launcher(plan.kernels)(
-        name, pingpong_kernel,
+        (name, out.dtype), pingpong_kernel,
         min(plan.num_sms, routing.tile_experts.numel() * triton.cdiv(out.shape[1], config.block_n)),
-        (x, None if act is None else _descriptor(act, [config.block_m, config.block_k]),
-         _weight_descriptor(weight, box, config.block_k), bias, router_weights,
-         _descriptor(out, [config.block_m, _BOX]),
+        (values if gather else None, None if gather else descriptor(values, [config.block_m, config.block_k]),
+         weight_descriptor(weight, box, config.block_k), rows.scale, None if per_channel else weight_scale,
+         weight_scale if per_channel else None, out_scale, bias, router_weights,
+         descriptor(out, [config.block_m, BOX]),
          routing.sorted_routes, routing.tile_experts, routing.num_padded, problem.num_routes,
-         0 if x is None else x.stride(0), stride_be,
+         values.stride(0) if gather else 0, rows.stride_row, rows.stride_expert,
+         stride_we,
+         0 if out_scale is None or out_scale.numel() == 1 else out_scale.stride(0), stride_be,
          problem.alpha or 0.0, problem.limit or 0.0),
         lambda: {
             "N": out.shape[1], "TOP_K": problem.top_k, "GATED": GATED, "INTERLEAVED": INTERLEAVED, **constexprs,
-            "N_MAJOR": weight.stride(2) != 1, "PROXY_FENCE": PROXY_FENCE, "BLOCK_M": config.block_m,
-            "BLOCK_N": config.block_n, "BLOCK_K": config.block_k, "GROUP_M": config.group_m,
-            "STAGES": config.num_stages, "num_warps": config.num_warps,
+            "N_MAJOR": weight.stride(2) != 1, "DTYPE": TRITON_DTYPES[problem.dtype], "PROXY_FENCE": PROXY_FENCE,
+            "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k,
+            "GROUP_M": config.group_m, "STAGES": config.num_stages, "num_warps": config.num_warps,
         },
     )  # fmt: skip
 
 
-def _copyable(x: Tensor) -> Tensor:
+def copyable(x: Tensor) -> Tensor:
     """x itself if 16 bytes at a time can be copied from its rows, a copy otherwise."""
-    if x.stride(1) == 1 and x.stride(0) % _COPY_ELEMENTS == 0 and x.data_ptr() % _COPY_BYTES == 0:
+    row_bytes = x.stride(0) * x.element_size()
+    if x.stride(1) == 1 and row_bytes % _COPY_BYTES == 0 and x.data_ptr() % _COPY_BYTES == 0:
         return x
     return x.new_empty(x.shape).copy_(x)
 
 
-def _descriptor(tensor: Tensor, box: list[int]) -> TensorDescriptor:
-    return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), box, _swizzled(tensor, 2))
+def descriptor(tensor: Tensor, box: list[int]) -> TensorDescriptor:
+    """A descriptor of a matrix; a row of the box takes at most 128 bytes."""
+    return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), box, _swizzled(tensor, box))
 
 
-def _weight_descriptor(weight: Tensor, columns: int, block_k: int) -> TensorDescriptor:
+def weight_descriptor(weight: Tensor, columns: int, block_k: int) -> TensorDescriptor:
     """Box [1, columns, block_k] of a K-major weight [E, N, K], [1, block_k, columns] of an N-major one as [E, K, N].
 
     Past an expert's last row and column there are zeros, never the next expert.
@@ -105,8 +125,10 @@ def _weight_descriptor(weight: Tensor, columns: int, block_k: int) -> TensorDesc
     box = [1, columns, block_k]
     if weight.stride(2) != 1:
         weight, box = weight.transpose(1, 2), [1, block_k, columns]
-    return TensorDescriptor(weight, list(weight.shape), list(weight.stride()), box, _swizzled(weight, 3))
+    return TensorDescriptor(weight, list(weight.shape), list(weight.stride()), box, _swizzled(weight, box))
 
 
-def _swizzled(tensor: Tensor, rank: int) -> NVMMASharedLayout:
-    return NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8 * tensor.element_size(), rank=rank)
+def _swizzled(tensor: Tensor, box: list[int]) -> NVMMASharedLayout:
+    itemsize = tensor.element_size()
+    swizzle = min(_LARGEST_SWIZZLE, box[-1] * itemsize)
+    return NVMMASharedLayout(swizzle_byte_width=swizzle, element_bitwidth=8 * itemsize, rank=len(box))

@@ -1,23 +1,26 @@
 """The chain of launches that the Triton paths share: route, up GEMM, down GEMM, combine."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
-from moe_ops.backends import gemv
+from moe_ops.backends import gemv, quantize
 from moe_ops.backends.launch import (
     Launcher,
     bias_and_stride,
     dependent,
+    format_constexprs,
     on_device,
     result_launch,
     unit,
     weight_constexprs,
+    weight_scales,
 )
 from moe_ops.backends.routing import sort_routes
+from moe_ops.backends.scaled import ScaledRows
 from moe_ops.dispatch import Plan, row_stride
 from moe_ops.kernels.combine import combine_kernel
 from moe_ops.kernels.grouped_gemm import down_kernel, up_kernel
@@ -28,16 +31,21 @@ _COMBINE_UNROLL = 8
 _COMBINE_COLUMNS = 1024
 
 
-@dataclass(frozen=True)
-class Operands:
-    """How the GEMMs reach their operands: a descriptor where there is one, the tensor itself otherwise."""
+class Describe(NamedTuple):
+    """How a path describes its operands to TMA.
 
-    w1_desc: object | None
-    w2_desc: object | None
-    act_desc: object | None
+    Attributes:
+        w1: (args, problem, plan) -> descriptor.
+        w2: likewise.
+        act: (act, plan) -> descriptor of the rows of the down GEMM.
+    """
+
+    w1: Callable[[Arguments, Problem, Plan], object]
+    w2: Callable[[Arguments, Problem, Plan], object]
+    act: Callable[[Tensor, Plan], object]
 
 
-def run(args: Arguments, problem: Problem, plan: Plan, out: Tensor, describe_operands) -> Tensor:
+def run(args: Arguments, problem: Problem, plan: Plan, out: Tensor, describe: Describe | None) -> Tensor:
     """Runs a call on a Triton path.
 
     Args:
@@ -45,101 +53,149 @@ def run(args: Arguments, problem: Problem, plan: Plan, out: Tensor, describe_ope
         problem: its description.
         plan: path and tiles.
         out: the result, of `problem.out_shape`, any strides; written.
-        describe_operands: (args, problem, plan, act) -> Operands, the path's own part.
+        describe: descriptors of the operands; None for a path that reaches all of them by pointers.
 
     Returns:
         out.
     """
-    for _ in stages(args, problem, plan, out, describe_operands):
+    for _ in stages(args, problem, plan, out, describe):
         pass
     return out
 
 
-def stages(args: Arguments, problem: Problem, plan: Plan, out: Tensor, describe_operands) -> Iterator[str]:
-    """`run` in steps: launches one stage at a time and yields its name ("route", "up", "down" or "combine")."""
-    hidden_states = args.hidden_states
-    with on_device(hidden_states):
+def stages(args: Arguments, problem: Problem, plan: Plan, out: Tensor, describe: Describe | None) -> Iterator[str]:
+    """`run` in steps: launches one stage at a time and yields its name.
+
+    The names are "quantize" (of the hidden states), "route", "up" (quantisation of its result included), "down" and
+    "combine"; not every call has all of them.
+    """
+    with on_device(args.hidden_states):
         router_weights = args.topk_weights.contiguous()
         combine_weights = None if problem.router_weight_on_input else router_weights
-        act = _workspace(hidden_states, plan.max_rows, problem.intermediate_size)
         if plan.variant == "direct":
             ids = args.topk_ids.contiguous()
             expert_map = None if args.expert_map is None else args.expert_map.contiguous()
+            act = _workspace(args, problem, plan, problem.intermediate_size)
             gemv.up(args, problem, plan, ids, expert_map, router_weights, act)
             yield "up"
             gemv.down(args, problem, plan, ids, expert_map, act, combine_weights, out)
             yield "down"
             return
+        x = quantize.inputs(args, problem, plan)
+        if problem.scheme.quantizes_inputs:
+            yield "quantize"
         routing = sort_routes(
             args.topk_ids, problem.num_experts, plan.block_m, args.expert_map, Launcher(plan.kernels),
             plan.dependent_launch,
         )  # fmt: skip
         yield "route"
-        rows = _workspace(hidden_states, plan.max_rows, problem.hidden_size)
-        if plan.variant == "pingpong":
-            from moe_ops.backends import pingpong
-
-            pingpong.up(args, problem, plan, routing, router_weights, act)
-            yield "up"
-            pingpong.down(args, problem, plan, routing, act, rows)
-        else:
-            operands = describe_operands(args, problem, plan, act)
-            _up(args, problem, plan, operands, routing, router_weights, act)
-            yield "up"
-            _down(args, problem, plan, operands, routing, act, rows)
+        act = _UP[plan.variant](args, problem, plan, describe, routing, router_weights, x)
+        yield "up"
+        rows = _workspace(args, problem, plan, problem.hidden_size)
+        _DOWN[plan.variant](args, problem, plan, describe, routing, act, rows)
         yield "down"
         _combine(problem, plan, rows, routing, combine_weights, out)
         yield "combine"
 
 
-def _workspace(like: Tensor, num_rows: int, columns: int) -> Tensor:
-    """[num_rows, columns] whose rows TMA can step over."""
-    return like.new_empty((num_rows, row_stride(columns)))[:, :columns]
+def _workspace(args: Arguments, problem: Problem, plan: Plan, columns: int) -> Tensor:
+    """[max_rows, columns] in the compute dtype, whose rows TMA can step over."""
+    size = plan.max_rows, row_stride(columns)
+    return args.hidden_states.new_empty(size, dtype=problem.dtype)[:, :columns]
 
 
-def _up(args, problem: Problem, plan: Plan, operands: Operands, routing: Routing, router_weights, act) -> None:
+def _up(args, problem: Problem, plan: Plan, describe: Describe | None, routing: Routing, router_weights,
+        x: ScaledRows) -> ScaledRows:  # fmt: skip
     config, activation, w1 = plan.up, problem.activation, args.w1
     bias, stride_be = bias_and_stride(args.w1_bias)
+    w1_desc = None if describe is None else describe.w1(args, problem, plan)
+    act = _workspace(args, problem, plan, problem.intermediate_size)
     Launcher(plan.kernels)(
         "up", up_kernel, plan.max_tiles * triton.cdiv(problem.intermediate_size, config.block_n),
-        (args.hidden_states, operands.w1_desc, None if operands.w1_desc is not None else w1, bias,
+        (x.values, w1_desc, None if w1_desc is not None else w1, bias,
          router_weights if problem.router_weight_on_input else None, act, *routing[:2],
          problem.num_routes, problem.top_k,
          problem.hidden_size, problem.intermediate_size, problem.alpha or 0.0, problem.limit or 0.0,
-         *args.hidden_states.stride(), *problem.w1_strides, stride_be, act.stride(0)),
+         *x.values.stride(), *problem.w1_strides, stride_be, act.stride(0),
+         x.scale, *x.strides, *weight_scales(args, problem, "w1")),
         lambda: {
             "ACTIVATION": activation.name, "GATED": activation.gated,
             "INTERLEAVED": problem.gate_up_layout == "interleaved", "HAS_LIMIT": problem.limit is not None,
-            "X_UNIT": unit(args.hidden_states.stride(0)), **weight_constexprs(w1), **_sizes(problem),
-            **_tile(plan, config, problem.hidden_size, w1.dtype), **dependent(plan),
+            "X_UNIT": unit(x.values.stride(0)), **weight_constexprs(w1), **_sizes(problem),
+            **_tile(plan, config, problem.hidden_size, problem), **dependent(plan),
         },
     )  # fmt: skip
+    return quantize.activation(args, problem, plan, act, routing)
 
 
-def _down(args, problem: Problem, plan: Plan, operands: Operands, routing: Routing, act: Tensor, rows) -> None:
+def _down(args, problem: Problem, plan: Plan, describe: Describe | None, routing: Routing, act: ScaledRows,
+          rows: Tensor) -> None:  # fmt: skip
     config, w2 = plan.down, args.w2
     bias, stride_be = bias_and_stride(args.w2_bias)
+    act_desc, w2_desc = (None, None) if describe is None else (
+        describe.act(act.values, plan), describe.w2(args, problem, plan)
+    )  # fmt: skip
     Launcher(plan.kernels)(
         "down", down_kernel, plan.max_tiles * triton.cdiv(problem.hidden_size, config.block_n),
-        (operands.act_desc, act, operands.w2_desc, None if operands.w2_desc is not None else w2, bias, rows,
+        (act_desc, act.values, w2_desc, None if w2_desc is not None else w2, bias, rows,
          *routing[:2], problem.num_routes,
          problem.hidden_size, problem.intermediate_size,
-         act.stride(0), *problem.w2_strides, stride_be, rows.stride(0)),
+         act.values.stride(0), *problem.w2_strides, stride_be, rows.stride(0),
+         act.scale, *act.strides, *weight_scales(args, problem, "w2")),
         lambda: {
-            **weight_constexprs(w2), **_sizes(problem), **_tile(plan, config, problem.intermediate_size, w2.dtype),
+            **weight_constexprs(w2), **_sizes(problem), **_tile(plan, config, problem.intermediate_size, problem),
             **dependent(plan),
         },
     )  # fmt: skip
+
+
+def _pingpong_up(args, problem: Problem, plan: Plan, _, routing: Routing, router_weights, x: ScaledRows) -> ScaledRows:
+    from moe_ops.backends import pingpong
+
+    if problem.scheme.act and args.a2_scale is not None:
+        act = quantize.empty_act(args, problem, plan)
+        pingpong.up(args, problem, plan, routing, router_weights, x, act.values, act.scale)
+        return act
+    act = _workspace(args, problem, plan, problem.intermediate_size)
+    pingpong.up(args, problem, plan, routing, router_weights, x, act, None)
+    return quantize.activation(args, problem, plan, act, routing)
+
+
+def _pingpong_down(args, problem: Problem, plan: Plan, _, routing: Routing, act: ScaledRows, rows: Tensor) -> None:
+    from moe_ops.backends import pingpong
+
+    pingpong.down(args, problem, plan, routing, act, rows)
+
+
+def _blockscaled_up(args, problem: Problem, plan: Plan, _, routing: Routing, router_weights, x: ScaledRows
+                    ) -> ScaledRows:  # fmt: skip
+    from moe_ops.backends import blockscaled
+
+    act = quantize.empty_act(args, problem, plan)
+    blockscaled.up(args, problem, plan, routing, router_weights, x, act)
+    return act
+
+
+def _blockscaled_down(args, problem: Problem, plan: Plan, _, routing: Routing, act: ScaledRows, rows: Tensor) -> None:
+    from moe_ops.backends import blockscaled
+
+    blockscaled.down(args, problem, plan, routing, act, rows)
+
+
+# By variant; Gluon, which two of them need, may be absent.
+_UP = {"sorted": _up, "pingpong": _pingpong_up, "blockscaled": _blockscaled_up}
+_DOWN = {"sorted": _down, "pingpong": _pingpong_down, "blockscaled": _blockscaled_down}
 
 
 def _sizes(problem: Problem) -> dict[str, int]:
     return {"H_UNIT": unit(problem.hidden_size), "I_UNIT": unit(problem.intermediate_size)}
 
 
-def _tile(plan: Plan, config, reduction: int, dtype: torch.dtype) -> dict[str, object]:
+def _tile(plan: Plan, config, reduction: int, problem: Problem) -> dict[str, object]:
     return {
+        **format_constexprs(problem),
         "EVEN_K": reduction % config.block_k == 0,
-        "PRECISION": "ieee" if dtype == torch.float32 else None,
+        "PRECISION": "ieee" if problem.dtype == torch.float32 else None,
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
         "BLOCK_K": config.block_k,

@@ -19,23 +19,33 @@ _MAX_TEMPLATES = 4096
 
 def run(args: Arguments, problem: Problem, plan: Plan, out: Tensor) -> Tensor:
     """Runs a call on the TMA path; see `pipeline.run`."""
-    return pipeline.run(args, problem, plan, out, _describe_operands)
+    return pipeline.run(args, problem, plan, out, _DESCRIBE)
 
 
 def stages(args: Arguments, problem: Problem, plan: Plan, out: Tensor) -> Iterator[str]:
     """Runs a call stage by stage; see `pipeline.stages`."""
-    return pipeline.stages(args, problem, plan, out, _describe_operands)
+    return pipeline.stages(args, problem, plan, out, _DESCRIBE)
 
 
-def _describe_operands(args: Arguments, problem: Problem, plan: Plan, act: Tensor) -> pipeline.Operands:
-    up, down = plan.up, plan.down
+def _w1(args: Arguments, problem: Problem, plan: Plan) -> TensorDescriptor:
     halves = problem.activation.gated and problem.gate_up_layout == "concatenated"
-    interleaved = problem.activation.gated and not halves
-    return pipeline.Operands(
-        w1_desc=_weight_descriptor(args.w1, up.block_n * (2 if interleaved else 1), up.block_k, halves=halves),
-        w2_desc=_weight_descriptor(args.w2, down.block_n, down.block_k, halves=False),
-        act_desc=_descriptor(act, tuple(act.shape), act.stride(), (down.block_m, down.block_k)),
-    )
+    rows = plan.up.block_n * (2 if problem.activation.gated and not halves else 1)
+    return _weight_descriptor(args.w1, rows, _stored(plan.up.block_k, problem), halves=halves)
+
+
+def _w2(args: Arguments, problem: Problem, plan: Plan) -> TensorDescriptor:
+    return _weight_descriptor(args.w2, plan.down.block_n, _stored(plan.down.block_k, problem), halves=False)
+
+
+def _stored(columns: int, problem: Problem) -> int:
+    return columns // 2 if problem.scheme.packed else columns
+
+
+def _act(act: Tensor, plan: Plan) -> TensorDescriptor:
+    return _descriptor(act, tuple(act.shape), act.stride(), (plan.down.block_m, plan.down.block_k))
+
+
+_DESCRIBE = pipeline.Describe(_w1, _w2, _act)
 
 
 _templates: dict[tuple, TensorDescriptor] = {}

@@ -12,10 +12,11 @@ import torch
 import moe_ops
 from moe_ops.cli import plots, table
 from moe_ops.cli.calls import ROUTINGS, SHAPES, TOKENS, make_calls, parse_shape
+from moe_ops.cli.formats import FORMATS
 from moe_ops.cli.measure import OURS, measure, start_session
 from moe_ops.cli.peers import PEERS
 from moe_ops.cli.progress import Progress
-from moe_ops.cli.recorded import beside, load_peers
+from moe_ops.cli.recorded import beside, check_recorded, load_peers
 
 DEFAULT_VARIANTS = (*OURS, "grouped_mm")
 _DEVICE = "cuda"
@@ -29,7 +30,10 @@ def add_parser(commands) -> None:
         description="Times the whole op, from topk_ids to the output, in CUDA graphs with the L2 flushed; variants, "
         "a cuBLAS product and a read-only stream take turns in every round, since the card's clocks follow its power. "
         "The limit of a cell is the larger of its FLOPs over that cuBLAS rate and its bytes over that stream; the "
-        "padded limit counts the FLOPs of the padding rows too. Each variant's result is compared with ours first.",
+        "padded limit counts the FLOPs of the padding rows too. Each variant's result is compared with ours first. "
+        "With --format the weights are quantised, and some tokens of each result are held against an oracle too; in a "
+        "format whose GEMMs multiply fp8 or int8, a product by torch._scaled_mm in fp8 takes its turn as well, and its "
+        "rate is the one in the limits.",
     )
     shapes = f"one of {', '.join(SHAPES)}, or E,TOPK,H,I; repeatable (default: all named)"
     parser.add_argument("--shape", action="append", type=_shape, metavar="SHAPE", help=shapes)
@@ -37,12 +41,14 @@ def add_parser(commands) -> None:
     parser.add_argument(
         "--routing", action="append", choices=ROUTINGS, help="how tokens choose experts; repeatable (default: uniform)"
     )
-    variants = f"{', '.join((*OURS, *PEERS))}; repeatable (default: {' '.join(DEFAULT_VARIANTS)})"
+    variants = f"{', '.join((*OURS, *PEERS))}; repeatable (default: {' '.join(DEFAULT_VARIANTS)}; with --format ours)"
     parser.add_argument("--variant", action="append", choices=(*OURS, *PEERS), metavar="NAME", help=variants)
     parser.add_argument("--peers", action="store_true", help="add every peer that can be imported")
     parser.add_argument("--recorded", metavar="FILE", help="show the best of the peers recorded in FILE")
-    parser.add_argument("--stages", action="store_true", help="time route, up, down and combine alone too")
+    parser.add_argument("--stages", action="store_true", help="time quantize, route, up, down and combine alone too")
     parser.add_argument("--dtype", choices=("bfloat16", "float16"), default="bfloat16")
+    formats = f"of the weights: none, {', '.join(FORMATS)} (default: none); not for peers in the same rounds"
+    parser.add_argument("--format", choices=("none", *FORMATS), default="none", metavar="NAME", help=formats)
     parser.add_argument("--rounds", type=_rounds, default=15, help="samples per cell and variant")
     parser.add_argument("--eager", action="store_true", help="time eager calls instead of CUDA graphs")
     parser.add_argument("--json", metavar="FILE", help="write everything measured to FILE, after every cell")
@@ -93,9 +99,11 @@ def run(options: argparse.Namespace) -> int:
         for name, reason in unavailable.items():
             progress.say(f"not measured: {name}: {reason}")
         progress.say(table.header(variants, recorded=peers is not None))
-        session = start_session(options.rounds, graph=not options.eager)
+        form, dtype = FORMATS.get(options.format), getattr(torch, options.dtype)
+        fp8 = form is not None and form.multiplies_bytes
+        session = start_session(options.rounds, graph=not options.eager, fp8=fp8)
         for shape, sizes in shapes.items():
-            for routing, args in make_calls(sizes, options.tokens, routings, getattr(torch, options.dtype), _DEVICE):
+            for routing, args in make_calls(sizes, options.tokens, routings, dtype, _DEVICE, form):
                 progress.begin(f"{shape} {routing} M={args.hidden_states.shape[0]}")
                 cell = {"shape": shape, "sizes": sizes, "routing": routing}
                 cell |= measure(args, variants, session, stages=options.stages)
@@ -106,7 +114,10 @@ def run(options: argparse.Namespace) -> int:
                 if options.json:
                     Path(options.json).write_text(json.dumps(record, indent=1))
                 progress.advance()
+            del args  # the next shape's weights are made after this
     print(table.differences(record["cells"]))
+    if form is not None:
+        print(table.oracle(record["cells"]))
     if options.plot:
         for file in plots.plot(record, options.plot):
             print(file)
@@ -119,7 +130,10 @@ def choose_variants(options: argparse.Namespace) -> tuple[list[str], dict[str, s
     Raises:
         ValueError: nothing of it can run.
     """
-    asked = list(dict.fromkeys(options.variant or DEFAULT_VARIANTS))
+    asked = list(dict.fromkeys(options.variant or (DEFAULT_VARIANTS if options.format == "none" else OURS)))
+    if options.format != "none" and (options.peers or set(asked) & set(PEERS)):
+        name = "--peers" if options.peers else f"--variant {next(name for name in asked if name in PEERS)}"
+        raise ValueError(f"{name} multiplies unquantised weights; leave out --format, or pass --recorded")
     if options.peers:
         asked += [name for name in PEERS if name not in asked]
     unavailable = {name: reason for name in asked if name in PEERS and (reason := PEERS[name].obstacle())}
@@ -152,8 +166,7 @@ def check_options(options: argparse.Namespace, variants: list[str]) -> dict | No
     if not options.recorded:
         return None
     peers = load_peers(options.recorded)
-    if peers["dtype"] != options.dtype:
-        raise ValueError(f"--recorded {options.recorded} holds times in {peers['dtype']}, not {options.dtype}")
+    check_recorded(peers, f"--recorded {options.recorded}", options.dtype, options.format)
     return peers
 
 
@@ -167,6 +180,7 @@ def _head(options: argparse.Namespace, variants: list[str], unavailable: dict[st
         "moe_ops": moe_ops.__version__,
         "date": datetime.date.today().isoformat(),
         "dtype": options.dtype,
+        **({} if options.format == "none" else {"format": options.format}),
         "mode": "eager" if options.eager else "graph",
         "variants": {name: _versions(name) for name in variants},
         "unavailable": unavailable,

@@ -1,11 +1,13 @@
 """The calls that are timed: model shapes, token counts, and how the tokens are routed."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from moe_ops.arguments import Arguments
+from moe_ops.cli.formats import Format, quantized_weights
 
 Sizes = tuple[int, int, int, int]
 
@@ -46,20 +48,28 @@ def parse_shape(text: str) -> tuple[str, Sizes]:
 
 
 def make_calls(
-    sizes: Sizes, tokens: Sequence[int], routings: Sequence[str], dtype: torch.dtype, device: str
+    sizes: Sizes,
+    tokens: Sequence[int],
+    routings: Sequence[str],
+    dtype: torch.dtype,
+    device: str,
+    form: Format | None = None,
 ) -> Iterator[tuple[str, Arguments]]:
-    """(routing, call) for every routing and token count of a shape, all over one set of weights."""
+    """(routing, call) for every routing and token count of a shape, all over one set of weights, quantised or not."""
     from moe_ops.testing import random_inputs
 
     experts, top_k, hidden, intermediate = sizes
     common = {"hidden": hidden, "experts": experts, "top_k": top_k, "dtype": dtype, "device": device}
-    weights = random_inputs(num_tokens=1, intermediate=intermediate, **common)
+    if form is None:
+        drawn = random_inputs(num_tokens=1, intermediate=intermediate, **common)
+        weights = {"w1": drawn.w1, "w2": drawn.w2}
+    else:
+        weights = quantized_weights(form, experts, hidden, intermediate, dtype, device)
     for routing in routings:
         for count in tokens:
             args = random_inputs(num_tokens=count, intermediate=8, **common)  # its weights are thrown away
-            args.w1, args.w2 = weights.w1, weights.w2
-            args.topk_ids = draw_ids(routing, count, experts, top_k).int().to(device)
-            yield routing, args
+            ids = draw_ids(routing, count, experts, top_k).int().to(device)
+            yield routing, replace(args, topk_ids=ids, **weights)
 
 
 def draw_ids(routing: str, tokens: int, experts: int, top_k: int) -> Tensor:

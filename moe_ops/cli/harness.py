@@ -34,16 +34,18 @@ class Timings:
 
 
 class Ceilings:
-    """The two ceilings, to be timed in the same rounds as everything else: a cuBLAS product and a read-only stream."""
+    """The ceilings, to be timed in the same rounds as everything else: products by cuBLAS and a read-only stream."""
 
-    def __init__(self) -> None:
-        """Allocates the operands: bf16 8192^3, and 2 GiB to read."""
+    def __init__(self, *, fp8: bool = False) -> None:
+        """Allocates the operands: bf16 8192^3, 2 GiB to read, and with `fp8` the same product of e4m3 operands."""
         a = torch.randn(_MATMUL, _MATMUL, device="cuda", dtype=torch.bfloat16)
         b = torch.randn(_MATMUL, _MATMUL, device="cuda", dtype=torch.bfloat16)
         product = torch.empty_like(a)
         self._memory = torch.randn(_STREAM_BYTES // 4, device="cuda")
         self._sink = torch.empty(1, device="cuda")
         self.variants = {"cublas": lambda: torch.mm(a, b, out=product), "stream": self.read(_STREAM_BYTES)}
+        if fp8:
+            self.variants["scaled_mm"] = _scaled_product(a, b)
 
     def read(self, nbytes: int) -> Call | None:
         """A read of so many bytes; None if there are not so many."""
@@ -57,13 +59,21 @@ class Ceilings:
 
     @staticmethod
     def teraflops(milliseconds: float) -> float:
-        """TFLOP/s of the cuBLAS product."""
+        """TFLOP/s of a cuBLAS product."""
         return 2 * _MATMUL**3 / milliseconds / 1e9
 
     @staticmethod
     def gigabytes(milliseconds: float) -> float:
         """GB/s of the stream."""
         return _STREAM_BYTES / milliseconds / 1e6
+
+
+def _scaled_product(a: torch.Tensor, b: torch.Tensor) -> Call:
+    """The product of two matrices rounded to e4m3, in bf16, with a scale per tensor: as fast as cuBLAS multiplies."""
+    a, b = (matrix.to(torch.float8_e4m3fn) for matrix in (a, b))
+    one = torch.ones((), device=a.device)
+    # b by columns, the only order that fp8 products take.
+    return lambda: torch._scaled_mm(a, b.t(), one, one, out_dtype=torch.bfloat16, use_fast_accum=True)
 
 
 class L2Flush:

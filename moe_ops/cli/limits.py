@@ -2,7 +2,10 @@
 
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from moe_ops.arguments import Arguments
+from moe_ops.quantization.scheme import GROUP, make_scheme
 
 
 @dataclass(frozen=True)
@@ -12,14 +15,17 @@ class Rates:
     Attributes:
         teraflops: TFLOP/s of the cuBLAS product.
         gigabytes: GB/s of the read-only stream.
+        scaled_teraflops: TFLOP/s of the product in fp8, for a call that multiplies in fp8 or int8; None for others.
     """
 
     teraflops: float
     gigabytes: float
+    scaled_teraflops: float | None = None
 
     def limit(self, flops: float, nbytes: float) -> tuple[float, str]:
         """(milliseconds, "flops" or "bytes"): the least time, and what decides it."""
-        return max((flops / self.teraflops / 1e9, "flops"), (nbytes / self.gigabytes / 1e6, "bytes"))
+        teraflops = self.scaled_teraflops or self.teraflops
+        return max((flops / teraflops / 1e9, "flops"), (nbytes / self.gigabytes / 1e6, "bytes"))
 
 
 @dataclass(frozen=True)
@@ -30,11 +36,13 @@ class Work:
         counts: routes of each expert that has any.
         up_flops: of one route's up projection.
         down_flops: of one route's down projection.
-        up_weight_bytes: of the experts met.
-        down_weight_bytes: of the experts met.
+        up_weight_bytes: of the experts met, scales included.
+        down_weight_bytes: of the experts met, scales included.
         token_bytes: of hidden_states, and of the result.
         act_bytes: of the activations between the GEMMs.
         rows_bytes: of every route's down output.
+        quantized_token_bytes: of the quantised hidden states and their scales; 0 in a call that quantises none.
+        quantized_act_bytes: likewise of the activations.
     """
 
     counts: tuple[int, ...]
@@ -45,6 +53,8 @@ class Work:
     token_bytes: int
     act_bytes: int
     rows_bytes: int
+    quantized_token_bytes: int = 0
+    quantized_act_bytes: int = 0
 
     @property
     def experts_met(self) -> int:
@@ -72,19 +82,35 @@ class Work:
 
 
 def work_of(args: Arguments) -> Work:
-    """The least work of an unquantised call whose ids are all in range. Waits for the device."""
+    """The least work of a call of 16-bit hidden states whose ids are all in range. Waits for the device."""
     counts = tuple(args.topk_ids.unique(return_counts=True)[1].tolist())
-    routes, itemsize = args.topk_ids.numel(), args.hidden_states.element_size()
+    (num_tokens, hidden), itemsize = args.hidden_states.shape, args.hidden_states.element_size()
+    routes, scheme = args.topk_ids.numel(), make_scheme(args)
+    intermediate = scheme.columns(args.w2.shape[2])
     return Work(
         counts=counts,
-        up_flops=2 * args.w1[0].numel(),
-        down_flops=2 * args.w2[0].numel(),
-        up_weight_bytes=len(counts) * args.w1[0].nbytes,
-        down_weight_bytes=len(counts) * args.w2[0].nbytes,
+        up_flops=2 * args.w1.shape[1] * hidden,
+        down_flops=2 * hidden * intermediate,
+        up_weight_bytes=len(counts) * _expert_bytes(args.w1, args.w1_scale),
+        down_weight_bytes=len(counts) * _expert_bytes(args.w2, args.w2_scale),
         token_bytes=args.hidden_states.nbytes,
-        act_bytes=routes * args.w2.shape[2] * itemsize,
-        rows_bytes=routes * args.w2.shape[1] * itemsize,
+        act_bytes=routes * intermediate * itemsize,
+        rows_bytes=routes * hidden * itemsize,
+        quantized_token_bytes=_quantized_bytes(num_tokens, hidden, scheme.inputs),
+        quantized_act_bytes=_quantized_bytes(routes, intermediate, scheme.act),
     )
+
+
+def _expert_bytes(weight: Tensor, scale: Tensor | None) -> int:
+    return weight[0].nbytes + (0 if scale is None else scale[0].nbytes)
+
+
+def _quantized_bytes(rows: int, columns: int, granularity: str) -> int:
+    """Of rows of a byte an element, with the float32 scales that the op makes."""
+    if not granularity:
+        return 0
+    scales = {"token": 1, "group": -(-columns // GROUP)}.get(granularity, 0)
+    return rows * (columns + 4 * scales)
 
 
 def stage_report(work: Work, rates: Rates, milliseconds: dict[str, float], whole_ms: float | None) -> dict:
@@ -93,19 +119,23 @@ def stage_report(work: Work, rates: Rates, milliseconds: dict[str, float], whole
     Args:
         work: of the call.
         rates: of the same rounds.
-        milliseconds: of each stage alone. A path without a "combine" sums in "down".
+        milliseconds: of each stage alone. A path without a "combine" sums in "down", and one without a "quantize"
+            multiplies rows as they are, and keeps the activation so.
         whole_ms: of the whole op.
 
     Returns:
-        By stage "us", and for the GEMMs "tflops" (of real rows), "of_cublas", "of_limit" and "bound", for the combine
-        "gbs" and "of_stream"; "op_over_stages": whole op / (up + down + combine at the stream's rate).
+        By stage "us", and for the GEMMs "tflops" (of real rows), "of_cublas" (with a rate in fp8 "of_scaled_mm"),
+        "of_limit" and "bound", for the others that stream "gbs" and "of_stream"; "op_over_stages": whole op / (up +
+        down + quantize and combine at the stream's rate).
     """
     report = {name: {"us": ms * 1e3} for name, ms in milliseconds.items()}
-    combines = "combine" in milliseconds
+    combines, quantizes = "combine" in milliseconds, "quantize" in milliseconds
     result_bytes = work.rows_bytes if combines else work.token_bytes
+    input_bytes = work.quantized_token_bytes if quantizes else work.token_bytes
+    act_bytes = work.quantized_act_bytes if quantizes else work.act_bytes
     gemms = {
-        "up": (work.up_flops, work.up_weight_bytes + work.token_bytes + work.act_bytes),
-        "down": (work.down_flops, work.down_weight_bytes + work.act_bytes + result_bytes),
+        "up": (work.up_flops, work.up_weight_bytes + input_bytes + act_bytes),
+        "down": (work.down_flops, work.down_weight_bytes + act_bytes + result_bytes),
     }
     for name in gemms.keys() & milliseconds.keys():
         flops, nbytes = gemms[name]
@@ -115,11 +145,14 @@ def stage_report(work: Work, rates: Rates, milliseconds: dict[str, float], whole
         report[name] |= {
             "tflops": teraflops, "of_cublas": teraflops / rates.teraflops, "of_limit": limit / ms, "bound": bound,
         }  # fmt: skip
-    combine_bytes = work.rows_bytes + work.token_bytes if combines else 0
-    if combines:
-        gigabytes = combine_bytes / milliseconds["combine"] / 1e6
-        report["combine"] |= {"gbs": gigabytes, "of_stream": gigabytes / rates.gigabytes}
+        if rates.scaled_teraflops:
+            report[name]["of_scaled_mm"] = teraflops / rates.scaled_teraflops
+    streams = {"quantize": work.token_bytes + work.quantized_token_bytes, "combine": work.rows_bytes + work.token_bytes}
+    streams = {name: nbytes for name, nbytes in streams.items() if name in milliseconds}
+    for name, nbytes in streams.items():
+        gigabytes = nbytes / milliseconds[name] / 1e6
+        report[name] |= {"gbs": gigabytes, "of_stream": gigabytes / rates.gigabytes}
     if whole_ms is not None and gemms.keys() <= milliseconds.keys():
-        least = milliseconds["up"] + milliseconds["down"] + combine_bytes / rates.gigabytes / 1e6
+        least = milliseconds["up"] + milliseconds["down"] + sum(streams.values()) / rates.gigabytes / 1e6
         report["op_over_stages"] = whole_ms / least
     return report

@@ -3,20 +3,19 @@
 import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
-from torch import Tensor
 
 from moe_ops import plans
 from moe_ops.arguments import Arguments
 from moe_ops.cli import harness
+from moe_ops.cli.check import Check, prepare_check
 from moe_ops.cli.limits import Rates, Work, stage_report, work_of
 from moe_ops.cli.peers import PEERS
 
 OURS = ("tma", "classic")
-
-# In epsilons of the dtype: more than two right implementations with roundings of their own differ by (normalised rms).
-_TOLERANCE = 2
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -26,7 +25,7 @@ class Session:
     Attributes:
         rounds: samples of each variant.
         graph: time CUDA graphs on the device, not eager calls by the host's clock.
-        ceilings: calls by name, ready to be timed: "cublas" and "stream".
+        ceilings: calls by name, ready to be timed: "cublas" and "stream", and "scaled_mm" for formats of fp8 and int8.
         between: called before each sample.
         sample: (call) -> milliseconds.
         read: (bytes) -> a call that reads so many, None if there are not so many.
@@ -51,28 +50,33 @@ class _Entries:
     Attributes:
         calls: by name; stages as "path.stage".
         differences: of each variant's result from ours.
+        oracle: of a quantised call, of each variant's result: its error over the emulator's.
         errors: why something could not be timed.
     """
 
     calls: dict[str, harness.Call] = field(default_factory=dict)
     differences: dict[str, float] = field(default_factory=dict)
+    oracle: dict[str, float] = field(default_factory=dict)
     errors: dict[str, str] = field(default_factory=dict)
 
     def enter(self, name: str, prepare: Callable[[], dict[str, harness.Call]]) -> None:
         """Adds what `prepare` gives, or the reason why it gives nothing."""
+        self.calls |= self.attempt(name, prepare) or {}
+
+    def attempt(self, name: str, function: Callable[[], _T]) -> _T | None:
+        """What `function` gives; None, and an entry of the reason, where it fails."""
         try:
-            self.calls |= prepare()
+            return function()
         except Exception as error:  # foreign code: whatever it raises is its row's entry, not the end of the run
             self.errors[name] = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        else:
-            return
         if torch.cuda.is_initialized():
             torch.cuda.empty_cache()  # what ran out of memory left it full
+        return None
 
 
-def start_session(rounds: int, *, graph: bool) -> Session:
-    """Readies ceilings and timers on the current GPU."""
-    own = harness.Ceilings()
+def start_session(rounds: int, *, graph: bool, fp8: bool = False) -> Session:
+    """Readies ceilings (with `fp8` a product in that too) and timers on the current GPU."""
+    own = harness.Ceilings(fp8=fp8)
     ceilings = {name: harness.capture(call) for name, call in own.variants.items()} if graph else own.variants
     sample = harness.device_milliseconds if graph else harness.host_milliseconds
     return Session(rounds, graph, ceilings, harness.L2Flush(), sample, own.read)
@@ -90,16 +94,18 @@ def measure(args: Arguments, variants: list[str], session: Session, *, stages: b
 
     Returns:
         The cell: "ms", "spread_ms", "differences", "errors", rates, limits, "read_ms" (a read of as many bytes), and
-        per path of ours what padding adds.
+        per path of ours what padding adds. Of a quantised call "oracle" too.
     """
-    expected = torch.ops.moe_ops.fused_moe_tma(*args.tensors().values())
     entries = _Entries()
-    for name in variants:
-        entries.enter(name, lambda name=name: {name: _checked(name, args, expected, session, entries)})
+    quantized = args.quantization != "none"
+    # A format may lack a kernel for one of many cells, and the others are worth their time.
+    check = entries.attempt("ours", lambda: _check(args)) if quantized else _check(args)
+    for name in variants if check is not None else ():
+        entries.enter(name, lambda name=name: {name: _checked(name, args, check, session, entries)})
     paths = [name for name in variants if name in OURS and name in entries.calls]
     if stages:
         for path in paths:
-            entries.enter(f"{path} stages", lambda path=path: _stages(path, args, expected))
+            entries.enter(f"{path} stages", lambda path=path: _stages(path, args, check))
     work = work_of(args)
     ceilings = dict(session.ceilings)
     # Of as many bytes as the call has to move: what the launch and the L2's dirty lines cost any kernel is in it.
@@ -109,31 +115,28 @@ def measure(args: Arguments, variants: list[str], session: Session, *, stages: b
     return _cell(args, work, variants, paths, entries, timings)
 
 
+def _check(args: Arguments) -> Check:
+    return prepare_check(args, own_call(args, "auto")())
+
+
 def own_call(args: Arguments, path: str) -> harness.Call:
     """The op on one of its paths."""
-    op, tensors = torch.ops.moe_ops.fused_moe_tma, tuple(args.tensors().values())
-    return lambda: op(*tensors, path=path)
+    op, tensors = torch.ops.moe_ops.fused_moe_tma, args.tensors()
+    if args.quantization == "none":
+        values = tuple(tensors.values())
+        return lambda: op(*values, path=path)
+    options = {"quantization": args.quantization, "block_shape": args.block_shape, "path": path}
+    return lambda: op(**tensors, **options)
 
 
-def _checked(name: str, args: Arguments, expected: Tensor, session: Session, entries: _Entries) -> harness.Call:
+def _checked(name: str, args: Arguments, check: Check, session: Session, entries: _Entries) -> harness.Call:
     call = session.ready(own_call(args, name) if name in OURS else PEERS[name].prepare(args))
-    entries.differences[name] = _difference(call(), expected)
+    result = call()
+    ratio = check.oracle(result)
+    entries.differences[name] = check.difference(result)
+    if ratio is not None:
+        entries.oracle[name] = ratio
     return call
-
-
-def _difference(result: Tensor, expected: Tensor) -> float:
-    """rms of the normalised difference from our result.
-
-    Raises:
-        ValueError: it is more than roundings.
-    """
-    from moe_ops.testing import errors
-
-    difference = errors(result, expected.double()).rms
-    bound = _TOLERANCE * torch.finfo(expected.dtype).eps
-    if not difference <= bound:
-        raise ValueError(f"wrong result: it differs from ours by {difference:.1e} (rms), roundings by {bound:.1e}")
-    return difference
 
 
 def _plan(args: Arguments, path: str) -> tuple:
@@ -143,23 +146,26 @@ def _plan(args: Arguments, path: str) -> tuple:
         return plans.plan(args)
 
 
-def _stages(path: str, args: Arguments, expected: Tensor) -> dict[str, harness.Call]:
+def _stages(path: str, args: Arguments, check: Check) -> dict[str, harness.Call]:
     backend = importlib.import_module(f"moe_ops.backends.{path}")
     problem, plan = _plan(args, path)
-    out = torch.full_like(expected, float("nan"))
+    out = torch.full_like(check.expected, float("nan"))
     stages = harness.capture_stages(lambda: backend.stages(args, problem, plan, out))
     out.fill_(float("nan"))  # the warming-up wrote it already
     for replay in stages.values():
         replay()
-    _difference(out, expected)
+    check.difference(out)
     return {f"{path}.{stage}": replay for stage, replay in stages.items()}
 
 
 def _cell(
     args: Arguments, work: Work, variants: list[str], paths: list[str], entries: _Entries, timings: harness.Timings
 ) -> dict:
+    scaled_ms = timings.median("scaled_mm")
     rates = Rates(
-        harness.Ceilings.teraflops(timings.median("cublas")), harness.Ceilings.gigabytes(timings.median("stream"))
+        harness.Ceilings.teraflops(timings.median("cublas")),
+        harness.Ceilings.gigabytes(timings.median("stream")),
+        scaled_ms and harness.Ceilings.teraflops(scaled_ms),
     )
     limit, bound = work.limit(rates)
     cell = {
@@ -176,6 +182,8 @@ def _cell(
         "read_ms": timings.median("read"),
         "paths": {},
     }
+    if args.quantization != "none":
+        cell |= {"oracle": entries.oracle, "scaled_mm_tflops": rates.scaled_teraflops}
     for path in paths:
         plan = _plan(args, path)[1]
         padded = work.padded_rows(plan.block_m)

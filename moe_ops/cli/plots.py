@@ -27,6 +27,11 @@ def plot(record: dict, folder: str | Path) -> list[Path]:
     return files
 
 
+def describe_dtype(record: dict) -> str:
+    """The dtype of a record, and its format if it has one."""
+    return f"{record['dtype']}, {record['format']}" if "format" in record else record["dtype"]
+
+
 def _figure(record: dict, what: str, cells: list[dict]):
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
@@ -54,7 +59,7 @@ def _figure(record: dict, what: str, cells: list[dict]):
     figure.legend(handles, labels, loc="outside lower center", ncols=min(5, len(labels)))
     versions = f"torch {record['torch']}, triton {record['triton']}"
     how = "eager calls" if record.get("mode") == "eager" else "CUDA graphs, cold L2"
-    figure.suptitle(f"{what}, {record['dtype']}, {how}\n{record['device']}, {versions}, {record['date']}")
+    figure.suptitle(f"{what}, {describe_dtype(record)}, {how}\n{record['device']}, {versions}, {record['date']}")
     return figure
 
 

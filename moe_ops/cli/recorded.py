@@ -26,6 +26,25 @@ def load_peers(file: str | Path) -> dict:
     return peers
 
 
+def check_recorded(peers: dict, file: str | Path, dtype: str, form: str) -> None:
+    """Checks that recorded peers can stand beside a run.
+
+    Args:
+        peers: what `load_peers` gave.
+        file: where from.
+        dtype: of the run.
+        form: the run's format, "none" without.
+
+    Raises:
+        ValueError: they are of another dtype or format.
+    """
+    if peers["dtype"] != dtype:
+        raise ValueError(f"{file} holds times in {peers['dtype']}, not {dtype}")
+    forms = peers.get("formats", ["none"])
+    if form not in forms:
+        raise ValueError(f"{file} holds times of the format {' or '.join(forms)}, not {form}")
+
+
 def best_recorded(peers: dict) -> dict[tuple[str, int], tuple[float, str]]:
     """(shape, tokens) -> (milliseconds, name) of the fastest recorded peer."""
     return {

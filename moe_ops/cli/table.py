@@ -48,6 +48,8 @@ def _stage(name: str, stage: dict) -> str:
     text = f"{name} {stage['us']:.1f} us"
     if "tflops" in stage:
         text += f" {stage['tflops']:.0f} TF/s {stage['of_cublas']:.2f} of cuBLAS"
+        if "of_scaled_mm" in stage:
+            text += f" {stage['of_scaled_mm']:.2f} of scaled_mm"
         text += f" {stage['of_limit']:.2f} of limit ({stage['bound']})"
     if "gbs" in stage:
         text += f" {stage['gbs']:.0f} GB/s {stage['of_stream']:.2f} of stream"
@@ -56,11 +58,20 @@ def _stage(name: str, stage: dict) -> str:
 
 def differences(cells: list[dict]) -> str:
     """The largest difference of each variant's results from ours."""
+    return f"largest rms difference from ours: {_largest(cells, 'differences', '.1e')}"
+
+
+def oracle(cells: list[dict]) -> str:
+    """The largest error of each variant's quantised results over that of the emulator."""
+    return f"largest rms error over the emulator's: {_largest(cells, 'oracle', '.2f')}"
+
+
+def _largest(cells: list[dict], key: str, form: str) -> str:
     largest = {}
     for cell in cells:
-        for name, value in cell["differences"].items():
+        for name, value in cell[key].items():
             largest[name] = max(value, largest.get(name, 0.0))
-    return "largest rms difference from ours: " + ", ".join(f"{name} {value:.1e}" for name, value in largest.items())
+    return ", ".join(f"{name} {format(value, form)}" for name, value in largest.items())
 
 
 def _width(name: str) -> int:

@@ -4,7 +4,8 @@ The rows are the routes sorted by expert, every expert padded to BLOCK_M (`kerne
 mainloop; where an operand comes from is a constexpr: the weights through a TMA descriptor or pointers of any strides,
 the rows gathered by pointers (up), through a TMA descriptor or by pointers from the sorted workspace (down). SWAP_AB
 multiplies weights @ rows^T instead of rows @ weights^T: the tensor cores' tall operand is then the weights, and a block
-of 16 rows wastes nothing.
+of 16 rows wastes nothing. Quantised weights are one more such choice, FORMAT: the op's `quantization`; strides of w
+along K then count what is stored, two weights a byte where it is packed.
 
 The grid is for as many row blocks as there can be; where one is not there, it has no expert. To load the number of
 blocks first would put another trip to memory before the first weights.
@@ -26,7 +27,8 @@ import triton.language as tl
 
 from moe_ops.kernels.activation import activate_gated, nonlinearity
 from moe_ops.kernels.compat import gdc_launch_dependents, gdc_wait
-from moe_ops.kernels.layout import multiple, weight_rows, weight_strides
+from moe_ops.kernels.dequantize import dequantized, no_zero, scale_rows, scale_values, zero_rows, zero_values
+from moe_ops.kernels.layout import multiple, row_ptrs, weight_rows, weight_strides
 
 
 @triton.jit
@@ -57,20 +59,51 @@ def _weight_tile(w_desc, expert, n, k, BLOCK_N: tl.constexpr, BLOCK_K: tl.conste
 
 
 @triton.jit
-def _accumulate(a_desc, a_ptrs, a_row, row_mask, stride_ak, w_desc, w_ptr, expert, n, N, K,
-                stride_we, stride_wn, stride_wk, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-                BLOCK_K: tl.constexpr, HALVES: tl.constexpr, N_MAJOR: tl.constexpr, COLUMNS: tl.constexpr,
-                EVEN_K: tl.constexpr, PRECISION: tl.constexpr, SWAP_AB: tl.constexpr):  # fmt: skip
-    """The mainloop: rows @ weights^T over the whole of K, in fp32. [BLOCK_M, COLUMNS]"""
-    k_offsets = tl.arange(0, BLOCK_K)
-    if w_desc is None:
-        w_rows, w_mask = weight_rows(n, N, BLOCK_N, HALVES, COLUMNS)
-        w_ptrs = w_ptr + expert.to(tl.int64) * stride_we + w_rows.to(tl.int64)[None, :] * stride_wn
-    if SWAP_AB:
-        acc = tl.zeros((COLUMNS, BLOCK_M), tl.float32)
+def _group_scales(scale_ptrs, stride_sk, zero_ptrs, stride_zk, rows, mask, k, K, BLOCK_K: tl.constexpr,
+                  FORMAT: tl.constexpr, SCALE_COLUMNS: tl.constexpr):  # fmt: skip
+    """Scales and zero points of the groups of columns that a tile at k has: two of [COLUMNS, GROUPS]."""
+    GROUPS: tl.constexpr = max(1, BLOCK_K // SCALE_COLUMNS)
+    group = k // SCALE_COLUMNS + tl.arange(0, GROUPS)[None, :]
+    there = mask[:, None] & (group * SCALE_COLUMNS < K)
+    scale = scale_values(tl.load(scale_ptrs[:, None] + group.to(tl.int64) * stride_sk, mask=there, other=0), FORMAT)
+    if zero_ptrs is None:
+        zero = tl.zeros((1, 1, 1), tl.float32) + no_zero(FORMAT)
     else:
-        acc = tl.zeros((BLOCK_M, COLUMNS), tl.float32)
+        zero = zero_values(zero_ptrs[:, None] + group.to(tl.int64) * stride_zk, rows[:, None], there, FORMAT)[
+            :, :, None
+        ]
+    return scale, zero
+
+
+@triton.jit
+def _accumulate(a_desc, a_ptrs, a_row, row_mask, stride_ak, w_desc, w_ptr, expert, n, N, K,
+                stride_we, stride_wn, stride_wk, a_scale_ptrs, stride_ag, w_scales, BLOCK_M: tl.constexpr,
+                BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, HALVES: tl.constexpr, N_MAJOR: tl.constexpr,
+                COLUMNS: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr, SWAP_AB: tl.constexpr,
+                FORMAT: tl.constexpr, SCALE_ROWS: tl.constexpr, SCALE_COLUMNS: tl.constexpr):  # fmt: skip
+    """The mainloop: rows @ weights^T over the whole of K, in fp32, with all scales. [BLOCK_M, COLUMNS]
+
+    Quantised rows and weights are multiplied as they are stored; scales that change along K make a product of each step
+    and add it up in fp32, the others come at the end. Quantised weights alone are made numbers of the rows' dtype.
+    """
+    ROWS_TOO: tl.constexpr = FORMAT == "fp8_w8a8" or FORMAT == "int8_w8a8"
+    PACKED: tl.constexpr = FORMAT == "int4_w4a16" or FORMAT == "mxfp4_w4a16"
+    BYTES_K: tl.constexpr = BLOCK_K // 2 if PACKED else BLOCK_K
+    STEP_BY_STEP: tl.constexpr = ROWS_TOO and SCALE_COLUMNS > 0
+    IN_INTEGERS: tl.constexpr = FORMAT == "int8_w8a8" and not STEP_BY_STEP
+    k_offsets = tl.arange(0, BLOCK_K)
+    stored_offsets = tl.arange(0, BYTES_K)
+    stored_k = K // 2 if PACKED else K
+    w_rows, w_mask = weight_rows(n, N, BLOCK_N, HALVES, COLUMNS)
+    if w_desc is None:
+        w_ptrs = w_ptr + expert.to(tl.int64) * stride_we + w_rows.to(tl.int64)[None, :] * stride_wn
+    if FORMAT != "none":
+        scale_ptr, stride_se, stride_sn, stride_sk, zero_ptr, stride_ze, stride_zn, stride_zk = w_scales
+        scale_ptrs = row_ptrs(scale_ptr, expert, scale_rows(w_rows, SCALE_ROWS), stride_se, stride_sn)
+        zero_ptrs = row_ptrs(zero_ptr, expert, zero_rows(w_rows, FORMAT), stride_ze, stride_zn)
+    acc = tl.zeros((COLUMNS, BLOCK_M) if SWAP_AB else (BLOCK_M, COLUMNS), tl.int32 if IN_INTEGERS else tl.float32)
     for k in range(0, K, BLOCK_K):
+        stored = k // 2 if PACKED else k
         if a_desc is not None:
             a = a_desc.load([a_row, k])
         elif EVEN_K:
@@ -79,18 +112,38 @@ def _accumulate(a_desc, a_ptrs, a_row, row_mask, stride_ak, w_desc, w_ptr, exper
             a = tl.load(a_ptrs + (k + k_offsets).to(tl.int64)[None, :] * stride_ak,
                         mask=row_mask[:, None] & (k + k_offsets < K)[None, :], other=0.0)  # fmt: skip
         if w_desc is not None:
-            w = _weight_tile(w_desc, expert, n, k, BLOCK_N, BLOCK_K, HALVES, N_MAJOR, COLUMNS)
+            w = _weight_tile(w_desc, expert, n, stored, BLOCK_N, BYTES_K, HALVES, N_MAJOR, COLUMNS)
         elif EVEN_K:
-            w = tl.load(w_ptrs + (k + k_offsets).to(tl.int64)[:, None] * stride_wk, mask=w_mask[None, :], other=0.0)
+            w = tl.load(w_ptrs + (stored + stored_offsets).to(tl.int64)[:, None] * stride_wk, mask=w_mask[None, :],
+                        other=0.0)  # fmt: skip
         else:
-            w = tl.load(w_ptrs + (k + k_offsets).to(tl.int64)[:, None] * stride_wk,
-                        mask=(k + k_offsets < K)[:, None] & w_mask[None, :], other=0.0)  # fmt: skip
-        if SWAP_AB:
-            acc = tl.dot(w.T, a.T, acc, input_precision=PRECISION)
+            w = tl.load(w_ptrs + (stored + stored_offsets).to(tl.int64)[:, None] * stride_wk,
+                        mask=(stored + stored_offsets < stored_k)[:, None] & w_mask[None, :], other=0.0)  # fmt: skip
+        if FORMAT != "none" and not ROWS_TOO:
+            if SCALE_COLUMNS > 0:
+                scale, zero = _group_scales(
+                    scale_ptrs, stride_sk, zero_ptrs, stride_zk, w_rows, w_mask, k, K, BLOCK_K, FORMAT, SCALE_COLUMNS
+                )
+                w = dequantized(w.T, scale, zero, FORMAT, max(1, BLOCK_K // SCALE_COLUMNS)).to(a.dtype).T
+            else:
+                w = dequantized(w.T, None, None, FORMAT, 1).to(a.dtype).T
+        if STEP_BY_STEP:
+            a_scale = tl.load(a_scale_ptrs + (k // 128) * stride_ag, mask=row_mask, other=0.0)
+            w_scale = tl.load(scale_ptrs + (k // SCALE_COLUMNS) * stride_sk, mask=w_mask, other=0.0).to(tl.float32)
+            if SWAP_AB:
+                acc += tl.dot(w.T, a.T).to(tl.float32) * (w_scale[:, None] * a_scale[None, :])
+            else:
+                acc += tl.dot(a, w).to(tl.float32) * (a_scale[:, None] * w_scale[None, :])
+        elif SWAP_AB:
+            acc = tl.dot(w.T, a.T, acc, input_precision=PRECISION, out_dtype=acc.dtype)
         else:
-            acc = tl.dot(a, w, acc, input_precision=PRECISION)
+            acc = tl.dot(a, w, acc, input_precision=PRECISION, out_dtype=acc.dtype)
     if SWAP_AB:
         acc = acc.T
+    if FORMAT != "none" and SCALE_COLUMNS == 0:
+        acc = acc.to(tl.float32) * tl.load(scale_ptrs, mask=w_mask, other=0.0).to(tl.float32)[None, :]
+        if ROWS_TOO:
+            acc *= tl.load(a_scale_ptrs, mask=row_mask, other=0.0)[:, None]
     return acc
 
 
@@ -99,11 +152,14 @@ def up_kernel(
     x_ptr, w_desc, w_ptr, bias_ptr, router_weights_ptr, act_ptr,
     sorted_routes_ptr, tile_experts_ptr, num_routes, top_k, H, I, alpha, limit,
     stride_xm, stride_xk, stride_we, stride_wn, stride_wk, stride_be, stride_am,
+    x_scale_ptr, stride_xsm, stride_xsg, stride_xse, w_scale_ptr, stride_se, stride_sn, stride_sk,
+    w_zero_ptr, stride_ze, stride_zn, stride_zk,
     ACTIVATION: tl.constexpr, GATED: tl.constexpr, INTERLEAVED: tl.constexpr,
     HAS_LIMIT: tl.constexpr, H_UNIT: tl.constexpr, I_UNIT: tl.constexpr, X_UNIT: tl.constexpr, W_UNIT: tl.constexpr,
     N_MAJOR: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
-    SWAP_AB: tl.constexpr, PDL: tl.constexpr,
+    SWAP_AB: tl.constexpr, FORMAT: tl.constexpr, SCALE_ROWS: tl.constexpr, SCALE_COLUMNS: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """act[p] = act(x[token of p] @ w1[e]^T (* router weight) + b1[e]) for the sorted rows p.
 
@@ -129,9 +185,12 @@ def up_kernel(
     # First row of the tile in w1, and how many rows there are to stop at.
     n = pid_n * (COLUMNS if INTERLEAVED else BLOCK_N)
     N = 2 * I if INTERLEAVED else I
+    x_scale_ptrs = row_ptrs(x_scale_ptr, expert, routes // top_k, stride_xse, stride_xsm)
     acc = _accumulate(None, x_ptrs, 0, row_mask, stride_xk, w_desc, w_ptr, expert, n, N, H,
-                      stride_we, stride_wn, stride_wk, BLOCK_M, BLOCK_N, BLOCK_K, HALVES, N_MAJOR, COLUMNS,
-                      EVEN_K, PRECISION, SWAP_AB)  # fmt: skip
+                      stride_we, stride_wn, stride_wk, x_scale_ptrs, stride_xsg,
+                      (w_scale_ptr, stride_se, stride_sn, stride_sk, w_zero_ptr, stride_ze, stride_zn, stride_zk),
+                      BLOCK_M, BLOCK_N, BLOCK_K, HALVES, N_MAJOR, COLUMNS, EVEN_K, PRECISION, SWAP_AB,
+                      FORMAT, SCALE_ROWS, SCALE_COLUMNS)  # fmt: skip
     if PDL:
         gdc_launch_dependents()
 
@@ -159,10 +218,13 @@ def down_kernel(
     act_desc, act_ptr, w_desc, w_ptr, bias_ptr, rows_ptr,
     sorted_routes_ptr, tile_experts_ptr, num_routes, H, I,
     stride_am, stride_we, stride_wn, stride_wk, stride_be, stride_rm,
+    act_scale_ptr, stride_asm, stride_asg, stride_ase, w_scale_ptr, stride_se, stride_sn, stride_sk,
+    w_zero_ptr, stride_ze, stride_zn, stride_zk,
     H_UNIT: tl.constexpr, I_UNIT: tl.constexpr, W_UNIT: tl.constexpr,
     N_MAJOR: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
-    SWAP_AB: tl.constexpr, PDL: tl.constexpr,
+    SWAP_AB: tl.constexpr, FORMAT: tl.constexpr, SCALE_ROWS: tl.constexpr, SCALE_COLUMNS: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """rows[p] = act[p] @ w2[e]^T + b2[e] for the sorted rows p. Padding rows are computed with, and never stored."""
     H, I = multiple(H, H_UNIT), multiple(I, I_UNIT)
@@ -179,9 +241,12 @@ def down_kernel(
     row_mask = routes < num_routes
     n = pid_n * BLOCK_N
     a_ptrs = act_ptr + rows.to(tl.int64)[:, None] * stride_am
+    act_scale_ptrs = row_ptrs(act_scale_ptr, expert, rows, stride_ase, stride_asm)
     acc = _accumulate(act_desc, a_ptrs, pid_m * BLOCK_M, row_mask, 1, w_desc, w_ptr, expert, n, H, I,
-                      stride_we, stride_wn, stride_wk, BLOCK_M, BLOCK_N, BLOCK_K, False, N_MAJOR, BLOCK_N,
-                      EVEN_K, PRECISION, SWAP_AB)  # fmt: skip
+                      stride_we, stride_wn, stride_wk, act_scale_ptrs, stride_asg,
+                      (w_scale_ptr, stride_se, stride_sn, stride_sk, w_zero_ptr, stride_ze, stride_zn, stride_zk),
+                      BLOCK_M, BLOCK_N, BLOCK_K, False, N_MAJOR, BLOCK_N, EVEN_K, PRECISION, SWAP_AB,
+                      FORMAT, SCALE_ROWS, SCALE_COLUMNS)  # fmt: skip
     if PDL:
         gdc_launch_dependents()
     columns = n + tl.arange(0, BLOCK_N)

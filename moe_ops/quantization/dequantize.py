@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from moe_ops.checks import require_name
-from moe_ops.quantization.scheme import FORMATS, MX_GROUP, merge_blocks
+from moe_ops.quantization.scheme import FORMATS, MX_GROUP
 
 # The values of e2m1, by their four bits: sign, exponent (2), mantissa (1).
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
@@ -59,6 +59,8 @@ def dequantize(
     require_name("quantization", quantization, FORMATS[1:])
     rows, columns = block_shape or (1, MX_GROUP)
     rows = max(1, rows)
+    if quantization == "mxfp4_w4a16" and weight.ndim > scale.ndim:
+        weight = weight.flatten(-2)
     values = _values(weight, quantization, dtype)
     if quantization == "mxfp4_w4a16":
         scale = _powers_of_2(scale, dtype)
@@ -70,7 +72,7 @@ def dequantize(
         zeros = zero_point
         if quantization == "int4_w4a16":
             zeros = unpack(zeros.transpose(-1, -2)).transpose(-1, -2)[..., : values.shape[-2], :]
-        values = values - _spread(zeros.to(dtype), values.shape, 1, columns)
+        values = values - spread(zeros.to(dtype), values.shape, 1, columns)
     elif quantization == "int4_w4a16":
         values = values - INT4_ZERO
     elif quantization == "int8_w8a16":
@@ -79,7 +81,7 @@ def dequantize(
         return values * scale[..., None, None]
     if scale.ndim == ndim - 1:
         return values * scale[..., None]
-    return values * _spread(scale, values.shape, rows, columns)
+    return values * spread(scale, values.shape, rows, columns)
 
 
 def unpack(packed: Tensor) -> Tensor:
@@ -106,7 +108,7 @@ def _values(weight: Tensor, quantization: str, dtype: torch.dtype) -> Tensor:
         return unpack(weight).to(dtype)
     if quantization == "mxfp4_w4a16":
         table = torch.tensor(E2M1, dtype=dtype, device=weight.device)
-        return table[unpack(merge_blocks(weight)).int()]
+        return table[unpack(weight).int()]
     values = weight.to(dtype)
     return values + INT8_ZERO if quantization == "int8_w8a16" else values
 
@@ -117,7 +119,7 @@ def _powers_of_2(scale: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.where(exponents == _E8M0_NAN, float("nan"), torch.exp2(exponents - _E8M0_BIAS))
 
 
-def _spread(blocks: Tensor, shape: torch.Size, rows: int, columns: int) -> Tensor:
+def spread(blocks: Tensor, shape: torch.Size, rows: int, columns: int) -> Tensor:
     """A value per block -> one per element of `shape`; blocks at the end may be short."""
     wide = blocks.repeat_interleave(rows, -2) if rows > 1 else blocks
     wide = wide.repeat_interleave(columns, -1)

@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from moe_ops.arguments import Arguments
 from moe_ops.checks import either, require, require_dtype, require_ndim, require_shape
@@ -25,7 +24,7 @@ COMPUTE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 GROUP = 128
 MX_GROUP = 32
 
-_WEIGHT_DTYPES = {
+WEIGHT_DTYPES = {
     "fp8_w8a8": (torch.float8_e4m3fn, torch.float8_e5m2),
     "int8_w8a8": (torch.int8,),
     "int8_w8a16": (torch.int8,),
@@ -111,7 +110,7 @@ def make_scheme(args: Arguments) -> Scheme:
     for given in _SCALES:
         if getattr(args, given) is None:
             raise ValueError(f"{given} is None, and quantization={name!r} needs it; pass the scales of {given[:2]}")
-    rows, columns = _scale_block(args)
+    rows, columns = scale_block(name, args.block_shape, args.w1_scale.ndim == 1)
     zero_points = _has_zero_points(args, columns)
     weights_only = name not in _INPUT_DTYPES
     if weights_only:
@@ -172,14 +171,14 @@ def _scale_shape(scheme: Scheme, experts: int, rows: int, columns: int) -> tuple
     if scheme.scale_rows == 0:
         return (experts,), "[E], a scale per tensor"
     if scheme.scale_columns == 0:
-        return (experts, rows), "[E, N], a scale per row of the weight"
+        return (experts, rows), "[E, N], a scale per row of the weight; scales of blocks or groups need block_shape"
     blocks = -(-rows // scheme.scale_rows), -(-columns // scheme.scale_columns)
     return (experts, *blocks), f"[E, ceil(N / {scheme.scale_rows}), ceil(K / {scheme.scale_columns})]"
 
 
 def _check_dtypes(args: Arguments) -> None:
     name = args.quantization
-    allowed = _WEIGHT_DTYPES[name]
+    allowed = WEIGHT_DTYPES[name]
     for which in ("w1", "w2"):
         require_dtype(which, getattr(args, which), allowed, f" for quantization={name!r}")
     if args.w1.dtype != args.w2.dtype:
@@ -196,15 +195,21 @@ def _check_dtypes(args: Arguments) -> None:
             require_dtype(which, getattr(args, which), (torch.float32,))
 
 
-def _scale_block(args: Arguments) -> tuple[int, int]:
-    """(rows, columns) of a weight that share a scale; 0 for all."""
-    name, shape = args.quantization, args.block_shape
-    block = None if shape is None else tuple(shape)
+def scale_block(name: str, block_shape: Sequence[int] | None, per_tensor: bool = False) -> tuple[int, int]:
+    """(rows, columns) of a weight that share a scale; 0 for all.
+
+    Args:
+        name: the format.
+        block_shape: the op's.
+        per_tensor: a scale per tensor where the format has that and there are no blocks.
+
+    Raises:
+        ValueError: a block shape that the format does not have, or none where it needs one.
+    """
+    block = None if block_shape is None else tuple(block_shape)
     if name in _INPUT_DTYPES:
         if block is None:
-            if name == "fp8_w8a8" and args.w1_scale.ndim == 1:
-                return 0, 0
-            return 1, 0
+            return (0, 0) if name == "fp8_w8a8" and per_tensor else (1, 0)
         return _expect_block(block, name, ((GROUP, GROUP),))
     if name == "mxfp4_w4a16":
         return (1, MX_GROUP) if block is None else (1, _expect_block(block, name, ((0, MX_GROUP),))[1])
@@ -273,17 +278,3 @@ def _act(args: Arguments, columns: int) -> str:
         raise ValueError(f"a2_scale was given, but with {what} the op scales the activation itself; leave it out")
     # One expert has one scale either way.
     return "tensor" if args.a2_scale.numel() == 1 else "expert"
-
-
-def merge_blocks(weight: Tensor) -> Tensor:
-    """mxfp4 values as gpt-oss stores them, [E, N, K / 32, 16], as [E, N, K / 2]: the same memory, no copy.
-
-    Args:
-        weight: uint8; other shapes, and blocks that do not follow one another in memory, are returned as they are.
-
-    Returns:
-        A view.
-    """
-    if weight.ndim == 4 and weight.stride(2) == weight.shape[3] * weight.stride(3):
-        return weight.view(*weight.shape[:2], -1)
-    return weight

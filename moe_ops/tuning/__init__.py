@@ -2,6 +2,6 @@
 
 from moe_ops.tuning.config import TileConfig
 from moe_ops.tuning.heuristics import tile_configs
-from moe_ops.tuning.variants import VARIANTS, choose_variant, pingpong_tiles_obstacle, variant_obstacle
+from moe_ops.tuning.variants import VARIANTS, choose_variant, tiles_obstacle, variant_obstacle
 
-__all__ = ["VARIANTS", "TileConfig", "choose_variant", "pingpong_tiles_obstacle", "tile_configs", "variant_obstacle"]
+__all__ = ["VARIANTS", "TileConfig", "choose_variant", "tile_configs", "tiles_obstacle", "variant_obstacle"]

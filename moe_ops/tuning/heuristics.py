@@ -6,7 +6,7 @@ from moe_ops.devices import Device
 from moe_ops.problem import Problem
 from moe_ops.routing import TOKEN_ROUTES
 from moe_ops.tuning.config import TileConfig
-from moe_ops.tuning.variants import expected_rows, pingpong_tiles
+from moe_ops.tuning.variants import blockscaled_tiles, expected_rows, pingpong_tiles
 
 # Triton's barriers and scratch beside the pipeline's stages.
 _SHARED_MEMORY_RESERVE = 2048
@@ -40,10 +40,13 @@ def tile_configs(
     """
     if variant == "pingpong":
         return pingpong_tiles(problem)
+    if variant == "blockscaled":
+        return blockscaled_tiles(problem)
     if variant == "direct":
         return _gemv(problem)
     rows_per_expert = 64.0 if batch_invariant else expected_rows(problem)
-    if problem.dtype.itemsize == 4:
+    itemsize = problem.dtype.itemsize if problem.scheme.row_dtype is None else problem.scheme.row_dtype.itemsize
+    if itemsize == 4:
         up, down = _fp32(rows_per_expert)
     elif path == "tma" and device.shared_memory >= _LARGE_SHARED_MEMORY:
         up, down = _tma(rows_per_expert, problem)
@@ -51,18 +54,27 @@ def tile_configs(
         up, down = _classic(rows_per_expert)
     if not problem.activation.gated:
         up = replace(up, block_n=min(256, 2 * up.block_n))
-    itemsize = problem.dtype.itemsize
+    if problem.scheme.quantized:
+        # One step, one scale: a group of 128 columns. Fewer bytes a step would leave the memory idle. Beside a large
+        # accumulator converted weights would spill, and a product that is scaled before it is added all the more.
+        most = 4096 if problem.scheme.row_dtype is not None and problem.scheme.scale_columns else 8192
+        up, down = (replace(t, block_k=128, block_n=min(t.block_n, most // t.block_m)) for t in (up, down))
     return fit(up, device, itemsize, gated=problem.activation.gated), fit(down, device, itemsize, gated=False)
 
 
 def _gemv(problem: Problem) -> tuple[TileConfig, TileConfig]:
     """Few rows of weights a program: some thousand elements on their way in each of many small programs."""
-    up = _gemv_tile(8 // (2 if problem.activation.gated else 1), 1024, problem.hidden_size, problem.w1_strides)
+    stored = 2 if problem.scheme.packed else 1
+    up = _gemv_tile(
+        8 // (2 if problem.activation.gated else 1), 1024, problem.hidden_size // stored, problem.w1_strides
+    )
     # The rows of a program of the down launch are those of all its slots.
     slots = min(TOKEN_ROUTES, _power_of_2(problem.top_k))
     rows, block_k = (16, 128) if slots == TOKEN_ROUTES else (8, 256)
-    down = _gemv_tile(max(1, rows // slots), block_k, problem.intermediate_size, problem.w2_strides)
-    return tuple(replace(t, block_k=max(1, t.block_k * 2 // problem.dtype.itemsize)) for t in (up, down))
+    down = _gemv_tile(max(1, rows // slots), block_k, problem.intermediate_size // stored, problem.w2_strides)
+    if problem.weight_dtype.itemsize < 4:
+        return up, down
+    return tuple(replace(t, block_k=max(1, t.block_k // 2)) for t in (up, down))
 
 
 def _gemv_tile(block_n: int, block_k: int, reduction: int, strides: tuple[int, ...]) -> TileConfig:

@@ -1,4 +1,4 @@
-"""Kernel variants: when each can run, when it is the best, and the ping-pong kernel's tiles."""
+"""Kernel variants: when each can run, when it is the best, and the tiles of the kernels for Hopper."""
 
 from dataclasses import replace
 
@@ -8,16 +8,21 @@ from moe_ops.tuning.config import TileConfig
 
 # First Triton whose Gluon the kernel is written for.
 _FIRST_TRITON = (3, 6)
-_COPY_ELEMENTS = 8
+# What a thread copies of a row.
+_COPY_BYTES = 16
 
 
 # As `Plan.variant`.
-VARIANTS = ("direct", "sorted", "pingpong")
+VARIANTS = ("direct", "sorted", "pingpong", "blockscaled")
 
 # Rows an expert can expect above which the ping-pong kernel is ahead; later where the down GEMM's reduction is short
 # and its ring is refilled for every tile. Measured on an H200, see docs/kernels.md.
 _PINGPONG_ROWS = 64
 _PINGPONG_ROWS_SHORT, _SHORT_REDUCTION = 128, 512
+# The same for fp8: the general kernel has its scales in the way, and more so the more rows there are.
+_QUANTIZED_ROWS = 16
+# Rows an expert can expect above which the block-scaled kernel's row block is 128: less traffic, but more padding.
+_BLOCKSCALED_SPLIT_ROWS = 2000
 
 
 def expected_rows(problem: Problem) -> float:
@@ -36,20 +41,25 @@ def choose_variant(problem: Problem, device: Device, path: str, *, batch_invaria
         return "sorted"
     if problem.num_tokens == 1 and problem.w1_strides[2] == 1 == problem.w2_strides[2]:
         return "direct"
-    short = problem.intermediate_size <= _SHORT_REDUCTION
-    least = _PINGPONG_ROWS_SHORT if short else _PINGPONG_ROWS
-    if expected_rows(problem) > least and variant_obstacle("pingpong", problem, device, path) is None:
-        return "pingpong"
+    if problem.scheme.quantized:
+        least = _QUANTIZED_ROWS
+    else:
+        short = problem.intermediate_size <= _SHORT_REDUCTION
+        least = _PINGPONG_ROWS_SHORT if short else _PINGPONG_ROWS
+    if expected_rows(problem) > least:
+        for variant in ("pingpong", "blockscaled"):
+            if variant_obstacle(variant, problem, device, path) is None:
+                return variant
     return "sorted"
 
 
 def variant_obstacle(variant: str, problem: Problem, device: Device, path: str) -> str | None:
     """Why a variant cannot run a call on a path; None if it can."""
-    if variant != "pingpong":
+    if variant not in ("pingpong", "blockscaled"):
         return None
     if path != "tma":
         return f"it needs the TMA path, and this call takes {path!r}"
-    return pingpong_obstacle(problem, device)
+    return (pingpong_obstacle if variant == "pingpong" else blockscaled_obstacle)(problem, device)
 
 
 def pingpong_obstacle(problem: Problem, device: Device) -> str | None:
@@ -57,6 +67,24 @@ def pingpong_obstacle(problem: Problem, device: Device) -> str | None:
 
     What keeps a call from the TMA path at all is `dispatch.tma_obstacle`'s to say, and taken as checked.
     """
+    scheme = problem.scheme
+    if scheme.name not in ("none", "fp8_w8a8"):
+        return f"quantization is {scheme.name!r}, and it multiplies 16-bit operands, or fp8 ones of 'fp8_w8a8'"
+    if scheme.scale_columns:
+        return "the weights have a scale per block, and it applies scales to whole rows, after the sum over K"
+    return _hopper_obstacle(problem, device)
+
+
+def blockscaled_obstacle(problem: Problem, device: Device) -> str | None:
+    """Why the block-scaled kernel cannot run a call on the TMA path; None if it can."""
+    scheme = problem.scheme
+    if scheme.name != "fp8_w8a8" or not scheme.scale_columns:
+        return "the weights are not fp8 with a scale per block of [128, 128]"
+    return _hopper_obstacle(problem, device)
+
+
+def _hopper_obstacle(problem: Problem, device: Device) -> str | None:
+    """Why no kernel in Gluon for Hopper can run a call on the TMA path."""
     if device.interpreted or device.kind != "cuda" or device.capability is None:
         return "it is written in Gluon for NVIDIA GPUs, and Gluon has no interpreter"
     if device.capability[0] != 9:
@@ -66,23 +94,50 @@ def pingpong_obstacle(problem: Problem, device: Device) -> str | None:
         return f"Triton is {device.triton}, and its Gluon is needed from 3.6 on"
     if problem.dtype.itemsize != 2:
         return f"the GEMMs are in {problem.dtype}, and it computes in bfloat16 and float16"
-    if problem.hidden_size % _COPY_ELEMENTS:
-        return f"H is {problem.hidden_size}, not a multiple of 8: rows of hidden_states cannot be copied by 16 bytes"
+    fp8 = problem.scheme.quantized
+    unit = _COPY_BYTES // (1 if fp8 else problem.dtype.itemsize)
+    if problem.hidden_size % unit:
+        return (
+            f"H is {problem.hidden_size}, not a multiple of {unit}: rows of hidden_states cannot be copied by 16 bytes"
+        )
+    if fp8 and problem.intermediate_size % unit:
+        return f"I is {problem.intermediate_size}, not a multiple of {unit}: TMA steps over rows by 16 bytes"
+    for name, strides in (("w1", problem.w1_strides), ("w2", problem.w2_strides)):
+        if fp8 and strides[2] != 1:
+            return f"{name} is N-major, and the tensor cores take fp8 from K-major operands alone"
     return None
 
 
 def pingpong_tiles(problem: Problem) -> tuple[TileConfig, TileConfig]:
-    """(up, down): 64 rows and 256 rows of weights, two consumers of 4 warps, and the stages that then fit."""
-    down = TileConfig(block_m=64, block_n=256, block_k=64, group_m=16, num_warps=4, num_stages=5)
-    up = TileConfig(block_m=64, block_n=128, block_k=64, group_m=8, num_warps=4, num_stages=5)
+    """(up, down): 64 rows and 256 rows of weights, two consumers of 4 warps, and the stages that then fit.
+
+    A step along K is of 128 bytes.
+    """
+    block_k = 128 if problem.scheme.quantized else 64
+    down = TileConfig(block_m=64, block_n=256, block_k=block_k, group_m=16, num_warps=4, num_stages=5)
+    up = TileConfig(block_m=64, block_n=128, block_k=block_k, group_m=8, num_warps=4, num_stages=5)
     return (up if problem.activation.gated else down), down
 
 
-def pingpong_tiles_obstacle(problem: Problem, up: TileConfig, down: TileConfig) -> str | None:
-    """Why the ping-pong kernel cannot have such tiles; None if it can."""
-    for name, tile, own in zip(("up", "down"), (up, down), pingpong_tiles(problem), strict=True):
+def blockscaled_tiles(problem: Problem) -> tuple[TileConfig, TileConfig]:
+    """(up, down): two consumers, 64 rows and 256 rows of weights each, with a row block each or one for both."""
+    block_m = 128 if expected_rows(problem) > _BLOCKSCALED_SPLIT_ROWS else 64
+    down = TileConfig(block_m=block_m, block_n=256, block_k=128, group_m=16, num_warps=4, num_stages=5)
+    return (replace(down, block_n=128) if problem.activation.gated else down), down
+
+
+def tiles_obstacle(variant: str, problem: Problem, up: TileConfig, down: TileConfig) -> str | None:
+    """Why a variant that has tiles of its own cannot have these; None if it can, or has none of its own."""
+    if variant == "pingpong":
+        owns = pingpong_tiles(problem)
+    elif variant == "blockscaled":
+        block_m = 128 if up.block_m == down.block_m == 128 else 64
+        owns = tuple(replace(tile, block_m=block_m) for tile in blockscaled_tiles(problem))
+    else:
+        return None
+    for name, tile, own in zip(("up", "down"), (up, down), owns, strict=True):
         if replace(tile, group_m=own.group_m, num_stages=own.num_stages) != own:
-            return f"{name} is {tile}, and variant 'pingpong' has {own}; only group_m and num_stages may differ"
+            return f"{name} is {tile}, and variant {variant!r} has {own}; only group_m and num_stages may differ"
     return None
 
 

@@ -101,9 +101,9 @@ def compiling(arch: int) -> Iterator[list]:
 
 
 def _forget_kernels() -> None:
-    from moe_ops.kernels import combine, gemv, grouped_gemm, pingpong, route
+    from moe_ops.kernels import blockscaled, combine, gemv, grouped_gemm, pingpong, route
 
-    for module in (combine, gemv, grouped_gemm, pingpong, route):
+    for module in (blockscaled, combine, gemv, grouped_gemm, pingpong, route):
         for value in vars(module).values():
             if isinstance(value, JITFunction):
                 value.device_caches.clear()
@@ -150,12 +150,24 @@ def _assemble(path: str, target: str) -> str:
 
 
 def make_call(num_tokens=64, hidden=512, intermediate=256, experts=8, top_k=2, dtype=torch.bfloat16, **options):
-    """A call whose tensors have only shapes that matter; `weights="n_major"` and `bias=True` are taken out."""
+    """A call whose tensors have only shapes that matter.
+
+    Its own options: `n_major=True` and `bias=True`; `fp8`, the shape of the scales of fp8 weights: "tensor", "channel"
+    or "block"; their `weight_dtype`; and `act_scales`, how many given scales of the activation there are.
+    """
     n_major = options.pop("n_major", False)
     bias = options.pop("bias", False)
+    fp8 = options.pop("fp8", None)
+    weight_dtype = options.pop("weight_dtype", dtype if fp8 is None else torch.float8_e4m3fn)
+    act_scales = options.pop("act_scales", 0)
     rows = intermediate if options.get("activation", "silu").endswith("_no_gate") else 2 * intermediate
-    w1 = torch.zeros(experts, rows, hidden, dtype=dtype)
-    w2 = torch.zeros(experts, hidden, intermediate, dtype=dtype)
+    w1 = torch.zeros(experts, rows, hidden, dtype=weight_dtype)
+    w2 = torch.zeros(experts, hidden, intermediate, dtype=weight_dtype)
+    if fp8 is not None:
+        options |= {"quantization": "fp8_w8a8", "block_shape": [128, 128] if fp8 == "block" else None}
+        options |= {f"{name}_scale": _scale(weight, fp8) for name, weight in (("w1", w1), ("w2", w2))}
+    if act_scales:
+        options["a2_scale"] = torch.zeros(act_scales)
     if n_major:
         w1, w2 = (w.transpose(1, 2).contiguous().transpose(1, 2) for w in (w1, w2))
     return Arguments(
@@ -168,3 +180,9 @@ def make_call(num_tokens=64, hidden=512, intermediate=256, experts=8, top_k=2, d
         torch.zeros(experts, hidden) if bias else None,
         **options,
     )
+
+
+def _scale(weight: torch.Tensor, granularity: str) -> torch.Tensor:
+    experts, rows, columns = weight.shape
+    shapes = {"tensor": (), "channel": (rows,), "block": (-(-rows // 128), -(-columns // 128))}
+    return torch.zeros(experts, *shapes[granularity])

@@ -57,3 +57,31 @@ def test_generate_refuses_bad_options():
     pytest.importorskip("transformers", minversion="5.17")
     done = run(ROOT / "examples" / "generate.py", "--tokens", "0")
     assert done.returncode == 2 and "--tokens must be at least 1" in done.stderr
+
+
+def test_quantize_experts():
+    pytest.importorskip("transformers", minversion="5.17")
+    example = ROOT / "examples" / "quantize_experts.py"
+    done = run(example, "--device", "cpu")
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = re.findall(r"^([a-z0-9-]+) +([\d.]+) +([\d.]+) +(\S+), +(\S+)$", done.stdout, re.M)
+    assert [row[0] for row in rows] == [
+        "fp8-tensor", "fp8-channel", "fp8-block", "int8-channel", "int8-block", "int8-weights", "int8-groups",
+        "int4-groups", "int4-zero-points", "mxfp4",
+    ]  # fmt: skip
+    unquantised = float(re.search(r"^unquantised +\S+ +(\S+)$", done.stdout, re.M)[1])
+    for name, milliseconds, size, from_unquantised, from_dequantised in rows:
+        assert float(milliseconds) > 0
+        assert unquantised / 9 < float(size) < unquantised / (6 if name[:4] in ("int4", "mxfp") else 3)
+        assert 1e-3 < float(from_unquantised) < 0.5 and float(from_dequantised) < 0.3
+
+    # It notices experts that are wrong.
+    broken = BROKEN.replace("moe_ops.integrations.transformers as integration", "moe_ops as integration")
+    done = run("-c", broken, example, "--device", "cpu", "--format", "int4-groups")
+    assert "WRONG: more than roundings\n" in done.stdout and done.returncode == 1, done.stderr
+
+
+def test_quantize_experts_refuses_bad_options():
+    pytest.importorskip("transformers", minversion="5.17")
+    done = run(ROOT / "examples" / "quantize_experts.py", "--format", "int3")
+    assert done.returncode == 2 and "invalid choice: 'int3'" in done.stderr

@@ -6,3 +6,7 @@ import pytest
 
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.exit("tests/interp runs the kernels in Triton's interpreter: set TRITON_INTERPRET=1", returncode=4)
+
+from tests.interp.mended import mend
+
+mend()

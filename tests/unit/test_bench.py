@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 
 from moe_ops.cli import bench, main, measure, plots
 from moe_ops.cli.calls import ROUTINGS, SHAPES, draw_ids, make_calls, parse_shape
+from moe_ops.cli.formats import FORMATS
 from moe_ops.cli.peers import PEERS, Peer
 
 SHAPE = "4,2,32,16"
@@ -43,6 +45,9 @@ def error_of(capsys, *arguments: str) -> str:
         (["--stages", "--variant", "grouped_mm"], "add --variant tma"),
         (["--recorded", "/nowhere/peers.json"], "cannot be read"),
         (["--json", "/nowhere/out.json"], "--json /nowhere/out.json"),
+        (["--format", "fp9"], "'fp9'"),
+        (["--format", "int4", "--peers"], "--peers multiplies unquantised weights"),
+        (["--format", "int4", "--variant", "tma", "--variant", "grouped_mm"], "--variant grouped_mm multiplies"),
         (["--nonsense"], "--nonsense"),
     ],
 )
@@ -83,6 +88,16 @@ def test_recorded_dtype_is_checked(capsys, tmp_path):
     file = str(tmp_path / "peers.json")
     assert "bfloat16, not float16" in error_of(capsys, "--recorded", file, "--dtype", "float16")
     assert "leave out --eager" in error_of(capsys, "--recorded", file, "--eager")
+
+
+def test_recorded_format_is_checked(capsys, tmp_path):
+    peers = {"dtype": "bfloat16", "cublas_tflops": {"short": 1.0}, "stream_gbs": 1.0, "cells": []}
+    for file, formats in (("none.json", {}), ("fp8.json", {"formats": ["fp8_tensor", "fp8_channel"]})):
+        (tmp_path / file).write_text(json.dumps(peers | formats))
+    none, fp8 = (str(tmp_path / file) for file in ("none.json", "fp8.json"))
+    assert "format none, not fp8_block" in error_of(capsys, "--recorded", none, "--format", "fp8_block")
+    assert "fp8_tensor or fp8_channel, not fp8_block" in error_of(capsys, "--recorded", fp8, "--format", "fp8_block")
+    assert "fp8_tensor or fp8_channel, not none" in error_of(capsys, "--recorded", fp8)
 
 
 def test_parse_shape():
@@ -142,7 +157,7 @@ def test_calls_share_weights():
 def fake_gpu(monkeypatch):
     """A GPU that is the CPU: our paths are the reference, and everything takes a millisecond."""
 
-    def start_session(rounds, *, graph):
+    def start_session(rounds, *, graph, fp8=False):
         def sample(call):
             call()
             return 1.0
@@ -150,21 +165,27 @@ def fake_gpu(monkeypatch):
         def read(nbytes):
             return None
 
-        return measure.Session(
-            rounds, False, {"cublas": lambda: None, "stream": lambda: None}, lambda: None, sample, read
-        )
+        ceilings = dict.fromkeys(("cublas", "stream", "scaled_mm") if fp8 else ("cublas", "stream"), lambda: None)
+        return measure.Session(rounds, False, ceilings, lambda: None, sample, read)
 
-    def stages(path, args, expected):
-        return {f"{path}.{stage}": lambda: None for stage in ("route", "up", "down", "combine")}
+    def stages(path, args, check):
+        names = ["route", "up", "down", "combine"]
+        if args.quantization in ("fp8_w8a8", "int8_w8a8"):
+            # One token is multiplied as it is, without a sort.
+            names = ["quantize", *names] if args.hidden_states.shape[0] > 1 else ["up", "down"]
+        return {f"{path}.{stage}": lambda: None for stage in names}
+
+    def own_call(args, path):
+        return call(args, path if path == "auto" else "reference")
 
     plan = SimpleNamespace(variant="sorted", block_m=16)
-    op = torch.ops.moe_ops.fused_moe_tma
+    call = measure.own_call
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Fake GPU")
     monkeypatch.setitem(sys.modules, "triton", SimpleNamespace(__version__="0.0"))
     monkeypatch.setattr(bench, "_DEVICE", "cpu")
     monkeypatch.setattr(bench, "start_session", start_session)
-    monkeypatch.setattr(measure, "own_call", lambda args, path: lambda: op(*args.tensors().values(), path="reference"))
+    monkeypatch.setattr(measure, "own_call", own_call)
     monkeypatch.setattr(measure, "_plan", lambda args, path: (None, plan))
     monkeypatch.setattr(measure, "_stages", stages)
 
@@ -225,7 +246,7 @@ def test_nothing_to_time(capsys, monkeypatch):
 
 def test_peers_adds_all_that_import(monkeypatch):
     monkeypatch.setattr(Peer, "obstacle", lambda self: "not installed" if "vllm" in self.modules else None)
-    options = SimpleNamespace(variant=["classic"], peers=True)
+    options = SimpleNamespace(variant=["classic"], peers=True, format="none")
     variants, unavailable = bench.choose_variants(options)
     assert variants == ["classic", *(name for name in PEERS if name != "vllm")]
     assert unavailable == {"vllm": "not installed"}
@@ -250,3 +271,60 @@ def test_run_plots(fake_gpu, capsys, tmp_path):
     run(tmp_path, "--plot", str(tmp_path / "plots"), "--routing", "zipf")
     assert [file.name for file in (tmp_path / "plots").iterdir()] == ["bench-E4-k2-H32-I16-zipf.png"]
     assert "bench-E4-k2-H32-I16-zipf.png" in capsys.readouterr().out
+
+
+# Formats.
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_run_of_a_format(fake_gpu, capsys, tmp_path, name):
+    record = run(tmp_path, "--format", name, "--stages")
+    out = capsys.readouterr().out
+    assert record["format"] == name and list(record["variants"]) == ["tma", "classic"]
+    assert f"dtype=float16 format={name} mode=graph" in out
+    scaled = name.startswith("fp8") or name in ("int8_channel", "int8_block")
+    for cell in record["cells"]:
+        assert cell["errors"] == {} and cell["ms"] == {"tma": 1.0, "classic": 1.0}
+        assert 0 <= cell["oracle"]["tma"] < 1  # the fake's paths are the oracle, rounded
+        assert ("scaled_mm" in cell["spread_ms"]) == (cell["scaled_mm_tflops"] is not None) == scaled
+    assert "largest rms error over the emulator's: tma 0." in out
+    one, many = (line for line in out.splitlines() if line.startswith("    tma"))
+    assert ("quantize 1000.0 us" in many, "of scaled_mm" in many) == (scaled, scaled)
+    assert "quantize" not in one and ("route" in one) != scaled
+
+
+def test_a_format_and_its_recorded_peers(fake_gpu, capsys, tmp_path):
+    cell = {"shape": "E4-k2-H32-I16", "tokens": 40, "ms": {"slow": 3.0, "quick": 2.0}}
+    rates = {"cublas_tflops": {"short": 1000.0}, "stream_gbs": 4000.0}
+    peers = {"dtype": "float16", "formats": ["fp8_block"], **rates, "cells": [cell]}
+    (tmp_path / "peers.json").write_text(json.dumps(peers))
+    record = run(tmp_path, "--format", "fp8_block", "--recorded", str(tmp_path / "peers.json"))
+    assert [cell["recorded"] and cell["recorded"]["name"] for cell in record["cells"]] == [None, "quick"]
+    assert capsys.readouterr().out.count("quick") == 1
+
+
+def test_a_format_whose_op_fails_in_a_cell(fake_gpu, capsys, monkeypatch, tmp_path):
+    call = measure.own_call
+
+    def own_call(args, path):
+        if args.hidden_states.shape[0] == 1:
+            raise RuntimeError("no kernel")
+        return call(args, path)
+
+    monkeypatch.setattr(measure, "own_call", own_call)
+    first, second = run(tmp_path, "--format", "mxfp4", "--stages")["cells"]
+    assert first["errors"] == {"ours": "RuntimeError: no kernel"} and first["ms"] == {"tma": None, "classic": None}
+    assert second["errors"] == {} and second["ms"]["tma"] == 1.0
+    assert "ours: RuntimeError: no kernel" in capsys.readouterr().err
+
+
+def test_a_wrong_quantised_result_is_not_timed(fake_gpu, monkeypatch, tmp_path):
+    call = measure.own_call
+
+    def own_call(args, path):
+        return call(replace(args, w2_scale=args.w2_scale * 1.3) if path == "classic" else args, path)
+
+    monkeypatch.setattr(measure, "own_call", own_call)
+    cells = run(tmp_path, "--format", "fp8_channel")["cells"]
+    assert [cell["ms"] for cell in cells] == [{"tma": 1.0, "classic": None}] * 2
+    assert all("wrong result" in cell["errors"]["classic"] for cell in cells)

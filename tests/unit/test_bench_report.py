@@ -95,6 +95,24 @@ def test_eager_times_are_not_held_against_graphs(report):
         report.main([str(EAGER), str(PEERS)])
 
 
+def test_peers_table_of_a_format(report, capsys, tmp_path):
+    ours = json.loads(WHOLE.read_text())
+    peers = RESULTS / "2026-11-22-h200-peers-fp8-block.json"
+    file = tmp_path / "ours.json"
+    file.write_text(json.dumps(ours | {"format": "fp8_block"}))
+    report.main([str(file), str(peers)])
+    out = capsys.readouterr().out
+    assert out.splitlines()[0].endswith(", bfloat16, fp8_block.")
+    table = rows(out.splitlines())
+    assert len(table) == 36 and table[1][-3] == "0.124 DeepGEMM 2.5.0, permute and combine by hand"
+    assert [row[-3:] for row in table if row[0] == "gpt-oss-20b"] == [["-", "-", "-"]] * 7
+    assert out.count("Geometric mean of the") == 2 and out.count("of 28 cells") == 2
+    with pytest.raises(SystemExit, match="format fp8_block, not none"):
+        report.main([str(WHOLE), str(peers)])
+    with pytest.raises(SystemExit, match="format none, not fp8_block"):
+        report.main(["plot", str(file), str(tmp_path), str(PEERS)])
+
+
 @pytest.mark.parametrize("arguments", [[], ["skew"], [str(WHOLE)], ["a", "b", "c"]])
 def test_report_explains_itself(report, arguments):
     with pytest.raises(SystemExit, match=r"report\.py skew OURS"):
@@ -148,6 +166,25 @@ def test_stages_table(report):
     assert len(rows(report.stages_table(json.loads(EAGER.read_text())))) == 1
 
 
+def test_stages_table_of_a_format(report):
+    gemm = {"us": 10.0, "tflops": 640.0, "of_cublas": 0.8, "of_limit": 0.9, "bound": "flops"}
+    scaled = gemm | {"of_scaled_mm": 0.4}
+    stages = {"up": scaled, "down": scaled, "op_over_stages": 1.06}
+    quantized = {"quantize": {"us": 2.0, "gbs": 2000.0, "of_stream": 0.5}, "route": {"us": 3.0}, **stages}
+    cells = [cell("uniform", 1.0, 0.8, 1.0, 300, stages=which) for which in (quantized, stages)]
+    for one in cells:
+        one["scaled_mm_tflops"] = 1600.0
+    table = rows(report.stages_table(HEAD | {"format": "fp8_block", "cells": cells}))
+    assert table[0][4:7] == ["quantize us", "quantize of stream", "route us"] and "up of scaled mm" in table[0]
+    assert table[1][4:] == [
+        "2.0", "0.50", "3.0", "10.0", "640", "0.80", "0.90", "0.40", "10.0", "640", "0.80", "0.90", "0.40", "-", "-",
+        "1.06",
+    ]  # fmt: skip
+    assert table[3][4:7] == ["-", "-", "-"]
+    cells = [cell("uniform", 1.0, 0.8, 1.0, 300, stages={"up": gemm, "down": gemm}) | {"scaled_mm_tflops": None}]
+    assert "quantize us" not in rows(report.stages_table(HEAD | {"format": "int4", "cells": cells}))[0]
+
+
 # Plots.
 
 
@@ -176,5 +213,6 @@ def test_plot_says_what_is_recorded():
     assert (latency.get_xscale(), latency.get_yscale()) == ("log", "log")
     reached = next(line for line in fraction.get_lines() if line.get_label() == "tma").get_ydata()
     assert reached[0] == pytest.approx(cells[0]["limit_ms"] / cells[0]["ms"]["tma"])
+    assert "bfloat16, fp8_block," in plots._figure(record | {"format": "fp8_block"}, "", cells).get_suptitle()
     for words in ("mixtral-8x7b", "NVIDIA H200", "torch 2.11.0", "triton 3.6.0", "2026-11-22"):
         assert words in figure.get_suptitle()

@@ -17,6 +17,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import moe_ops
+from tests.unit.quantized_errors import bad_calls
 
 OP = torch.ops.moe_ops.fused_moe_tma.default
 OUT_OP = torch.ops.moe_ops.fused_moe_tma_.default
@@ -231,9 +232,8 @@ for argument, value, known in (
          f"{argument} is {value!r}", "expected one of", *known)
 
 # Quantisation.
-for quantization in ("fp8_w8a8", "int8_w8a8", "int8_w8a16", "int4_w4a16", "mxfp4_w4a16"):
-    case(f"quantization-{quantization}", "quantization", put(quantization=quantization), NotImplementedError,
-         f"quantization='{quantization}' is not available", "dequantise the weights", "quantization='none'")
+for name, argument, damage, error, *words in bad_calls(M, H, I, E):
+    case(name, argument, damage, error, *words)
 for name in ("w1_scale", "w2_scale", "w1_zero_point", "w2_zero_point", "a1_scale", "a2_scale"):
     case(f"{name}-unquantised", name, put(**{name: torch.ones(E)}), ValueError,
          f"{name} was given", "quantization is 'none'", "leave it out")

@@ -1,0 +1,43 @@
+"""Ahead of time, without a GPU: the general kernels compile for every format and architecture, to what is meant."""
+
+import pytest
+import torch
+
+from moe_ops.testing import override
+from tests.aot.harness import DEVICES, compile_call
+from tests.quantized import FORMATS, quantized_case
+
+GEMMS = {"up_kernel", "down_kernel", "gemv_up_kernel", "gemv_down_kernel"}
+SIZES = {"hidden": 512, "intermediate": 256, "experts": 8, "top_k": 2}
+# Of the formats that differ in nothing but where their scales come from, one.
+DISTINCT = ["fp8_channel", "fp8_block", "int8_channel", "int8_weights", "int4_zero_points", "mxfp4"]
+
+
+@pytest.mark.parametrize("num_tokens", [1, 16, 1024])
+@pytest.mark.parametrize("name", FORMATS)
+def test_hopper(name, num_tokens):
+    args = quantized_case(name, torch.bfloat16, num_tokens=num_tokens, **SIZES)
+    with override(variant=None if num_tokens == 1 else "sorted"):
+        kernels = compile_call(args, 90)
+    for kernel in kernels.values():
+        assert kernel.spills == 0, kernel.name
+        assert kernel.shared_memory <= DEVICES[90].shared_memory
+    for gemm in GEMMS & kernels.keys():
+        if num_tokens == 1:
+            assert kernels[gemm].count("ld.global.v4") > 0, gemm
+        else:
+            assert kernels[gemm].count("wgmma.mma_async") > 0 == kernels[gemm].count("mma.sync"), gemm
+            assert kernels[gemm].count("cp.async.bulk.tensor") > 0, gemm
+
+
+@pytest.mark.parametrize("num_tokens", [1, 16, 1024])
+@pytest.mark.parametrize("name", DISTINCT)
+@pytest.mark.parametrize("arch", [80, 100, 120])
+def test_other_architectures(name, num_tokens, arch):
+    args = quantized_case(name, torch.float16, num_tokens=num_tokens, **SIZES)
+    if arch == 80 and name.startswith("fp8"):
+        with pytest.raises(ValueError, match=r"compute capability 8\.0, and fp8 needs 8\.9"):
+            compile_call(args, arch)
+        return
+    for kernel in compile_call(args, arch).values():
+        assert kernel.shared_memory <= DEVICES[arch].shared_memory, kernel.name

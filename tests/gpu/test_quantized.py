@@ -1,0 +1,147 @@
+"""Quantised calls on the GPU: every format on every path and variant, options, hard rows, compiled and in graphs."""
+
+import pytest
+import torch
+
+from moe_ops.devices import describe
+from moe_ops.problem import make_problem
+from moe_ops.testing import assert_correct, assert_exact, errors, override, poisoned_memory
+from moe_ops.testing.emulator import emulate
+from moe_ops.tuning import VARIANTS, variant_obstacle
+from tests.cases import OPTIONS, run
+from tests.quantized import FORMATS, hard_rows, one_hot_case, quantized_case, with_options
+
+CAPABILITY = torch.cuda.get_device_capability() if torch.cuda.is_available() else (0, 0)
+# (path, variant, tokens): few and many rows an expert, and one token.
+RUNS = [
+    ("classic", "direct", 3),
+    ("classic", "sorted", 7),
+    ("classic", "sorted", 400),
+    ("tma", "direct", 1),
+    *(("tma", variant, tokens) for variant in VARIANTS if variant != "direct" for tokens in (7, 150, 1500)),
+]
+SHAPES = {"whole": {"hidden": 512, "intermediate": 256}, "tails": {"hidden": 288, "intermediate": 160}}
+DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+
+
+def skip_unless_it_runs(args, path: str, variant: str) -> None:
+    if args.quantization == "fp8_w8a8" and CAPABILITY < (8, 9):
+        pytest.skip("fp8 needs compute capability 8.9")
+    if path == "tma" and CAPABILITY < (9, 0):
+        pytest.skip("TMA needs compute capability 9.0")
+    obstacle = variant_obstacle(variant, make_problem(args), describe(args.w1.device), path)
+    if obstacle is not None:
+        pytest.skip(obstacle)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("path", "variant", "num_tokens"), RUNS)
+@pytest.mark.parametrize("name", FORMATS)
+def test_format(name, path, variant, num_tokens, shape):
+    dtype = torch.float16 if shape == "tails" else torch.bfloat16
+    args = quantized_case(name, dtype, "cuda", num_tokens=num_tokens, routing="zipf", **SHAPES[shape])
+    skip_unless_it_runs(args, path, variant)
+    with override(path=path, variant=variant), poisoned_memory():
+        out = run(args)
+        again = run(args)
+    assert_correct(out, args)
+    assert torch.equal(out, again)
+
+
+@DTYPES
+@pytest.mark.parametrize(("name", "option"), with_options())
+def test_option(name, option, dtype):
+    args = quantized_case(name, dtype, "cuda", **OPTIONS[option])
+    skip_unless_it_runs(args, "classic", "sorted")
+    with poisoned_memory():
+        out = run(args)
+    assert_correct(out, args)
+
+
+@pytest.mark.parametrize("name", ["fp8_channel", "fp8_block", "fp8_static"])
+@pytest.mark.parametrize("option", [name for name in OPTIONS if "n_major" not in name and "tails" not in name])
+def test_option_of_the_prefill_kernels(name, option):
+    args = quantized_case(name, torch.bfloat16, "cuda", **{"num_tokens": 300, **OPTIONS[option]})
+    variant = "blockscaled" if name == "fp8_block" else "pingpong"
+    skip_unless_it_runs(args, "tma", variant)
+    with override(path="tma", variant=variant), poisoned_memory():
+        out = run(args)
+    assert_correct(out, args)
+
+
+@pytest.mark.parametrize(("path", "variant"), [("classic", "sorted"), ("tma", "sorted"), ("classic", "direct")])
+@pytest.mark.parametrize("quantization", ["int4_w4a16", "mxfp4_w4a16"])
+@DTYPES
+def test_every_code_in_every_place(quantization, path, variant, dtype):
+    args = one_hot_case(quantization, dtype, "cuda")
+    skip_unless_it_runs(args, path, variant)
+    with override(path=path, variant=variant), poisoned_memory():
+        assert_exact(run(args), args)
+
+
+@pytest.mark.parametrize("variant", ["sorted", "pingpong", "blockscaled"])
+@pytest.mark.parametrize("name", ["fp8_channel", "fp8_block", "int8_channel", "int8_block", "fp8_static"])
+def test_rows_that_are_hard_to_scale(name, variant):
+    """Zeros give zeros, a NaN stays where it is, and no row changes another."""
+    args = quantized_case(name, torch.bfloat16, "cuda", num_tokens=8, routing="uniform")
+    skip_unless_it_runs(args, "tma", variant)
+    args.hidden_states = hard_rows(torch.bfloat16, 288, "cuda")
+    with override(path="tma", variant=variant), poisoned_memory():
+        out = run(args)
+        args.hidden_states = args.hidden_states.nan_to_num(0.0, 1.0, 1.0)
+        tame = run(args)
+    assert (out[0] == 0).all()
+    assert out[3].isnan().all()
+    assert out[[0, 1, 6, 7]].isfinite().all()
+    assert torch.equal(out[7], tame[7])
+
+
+@pytest.mark.parametrize(
+    "name", ["fp8_tensor", "fp8_block", "int8_channel", "int8_weights", "int4_zero_points", "mxfp4"]
+)
+@pytest.mark.parametrize("num_tokens", [1, 16, 700])
+def test_graph_replays_with_other_inputs(name, num_tokens):
+    args = quantized_case(name, torch.bfloat16, "cuda", num_tokens=num_tokens)
+    other = quantized_case(name, torch.bfloat16, "cuda", num_tokens=num_tokens, seed=7)
+    skip_unless_it_runs(args, "classic", "sorted")
+    run(args)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = run(args)
+    for tensor, new in zip(args.tensors().values(), other.tensors().values(), strict=True):
+        tensor.copy_(new)
+    graph.replay()
+    assert torch.equal(out, run(other))
+
+
+@pytest.mark.parametrize("name", ["fp8_channel", "fp8_block", "int4", "mxfp4"])
+def test_compiled(name):
+    args = quantized_case(name, torch.bfloat16, "cuda")
+    skip_unless_it_runs(args, "classic", "sorted")
+
+    @torch.compile(fullgraph=True, dynamic=True)
+    def block(x, ids, weights):
+        call = {name: getattr(args, name) for name in args.__slots__}
+        call |= {"hidden_states": x, "topk_ids": ids, "topk_weights": weights}
+        return torch.ops.moe_ops.fused_moe_tma(**call)
+
+    for count in (21, 1, 5):
+        tensors = args.hidden_states[:count], args.topk_ids[:count], args.topk_weights[:count]
+        expected = run(args, hidden_states=tensors[0], topk_ids=tensors[1], topk_weights=tensors[2])
+        assert torch.equal(block(*tensors), expected)
+
+
+@pytest.mark.parametrize("reduction", [2048, 14336])
+def test_error_of_accumulation(reduction):
+    """fp8 products are added with fewer bits than fp32 has: what that adds to the rounding of the rows is bounded."""
+    args = quantized_case(
+        "fp8_channel", torch.bfloat16, "cuda", num_tokens=256, hidden=512, intermediate=reduction, experts=2
+    )
+    skip_unless_it_runs(args, "tma", "sorted")
+    exact = emulate(args).double()
+    for variant in ("sorted", "pingpong"):
+        if variant_obstacle(variant, make_problem(args), describe(args.w1.device), "tma") is None:
+            with override(path="tma", variant=variant):
+                error = errors(run(args), exact)
+            print(variant, reduction, error)
+            assert error.rms < 1e-2

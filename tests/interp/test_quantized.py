@@ -1,0 +1,59 @@
+"""Quantised calls through the Triton kernels on the CPU, on every path."""
+
+import pytest
+import torch
+
+from moe_ops.testing import assert_correct, assert_exact, override, poisoned_memory
+from tests.cases import OPTIONS, run
+from tests.quantized import FORMATS, hard_rows, one_hot_case, quantized_case, with_options
+
+RUNS = {"classic": ("classic", "sorted"), "tma": ("tma", "sorted"), "direct": ("classic", "direct")}
+KINDS = pytest.mark.parametrize("kind", RUNS)
+
+
+def forced(kind: str):
+    path, variant = RUNS[kind]
+    return override(path=path, variant=variant)
+
+
+@KINDS
+@pytest.mark.parametrize("name", FORMATS)
+def test_format(name, kind):
+    args = quantized_case(name, torch.float16, num_tokens=3 if kind == "direct" else 21)
+    with forced(kind), poisoned_memory():
+        out = run(args)
+    assert_correct(out, args)
+
+
+@pytest.mark.parametrize(("name", "option"), with_options())
+def test_option(name, option):
+    kind = list(RUNS)[len(option) % 3]
+    sizes = {"num_tokens": 5} if kind == "direct" else {}
+    args = quantized_case(name, torch.float16, **{**sizes, **OPTIONS[option]})
+    with forced(kind), poisoned_memory():
+        out = run(args)
+    assert_correct(out, args)
+
+
+@KINDS
+@pytest.mark.parametrize("quantization", ["int4_w4a16", "mxfp4_w4a16"])
+def test_every_code_in_every_place(quantization, kind):
+    args = one_hot_case(quantization, torch.float16)
+    with forced(kind), poisoned_memory():
+        out = run(args)
+    assert_exact(out, args)
+
+
+@pytest.mark.parametrize("name", ["fp8_channel", "fp8_block", "int8_channel", "int8_block", "fp8_static"])
+def test_rows_that_are_hard_to_scale(name):
+    """Zeros give zeros, a NaN stays where it is, and no row changes another."""
+    args = quantized_case(name, torch.float32, num_tokens=8, routing="uniform")
+    args.hidden_states = hard_rows(torch.float32, 288)
+    with override(path="classic", variant="sorted"), poisoned_memory():
+        out = run(args)
+        args.hidden_states = args.hidden_states.nan_to_num(0.0, 1.0, 1.0)
+        tame = run(args)
+    assert (out[0] == 0).all()
+    assert out[3].isnan().all()
+    assert out[[0, 1, 2, 6, 7]].isfinite().all()
+    assert torch.equal(out[7], tame[7])

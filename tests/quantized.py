@@ -1,0 +1,82 @@
+"""Quantised calls that every path must get right; shared by the interpreter, the compile and the GPU tests."""
+
+import torch
+
+from moe_ops.arguments import Arguments
+from moe_ops.testing import quantized_inputs
+from tests.cases import OPTIONS, SMALL
+
+_BLOCKS = {"block_shape": (128, 128)}
+FORMATS = {
+    "fp8_tensor": {"quantization": "fp8_w8a8", "granularity": "tensor"},
+    "fp8_channel": {"quantization": "fp8_w8a8", "granularity": "channel"},
+    "fp8_e5m2": {"quantization": "fp8_w8a8", "granularity": "channel", "weight_dtype": torch.float8_e5m2},
+    "fp8_static": {"quantization": "fp8_w8a8", "granularity": "tensor", "static": True},
+    "fp8_static_expert": {"quantization": "fp8_w8a8", "granularity": "channel", "static": "expert"},
+    "fp8_given": {"quantization": "fp8_w8a8", "granularity": "channel", "inputs_given": True},
+    "fp8_given_tensor": {"quantization": "fp8_w8a8", "granularity": "tensor", "inputs_given": "tensor"},
+    "fp8_block": {"quantization": "fp8_w8a8", **_BLOCKS},
+    "fp8_block_given": {"quantization": "fp8_w8a8", "inputs_given": True, **_BLOCKS},
+    "int8_channel": {"quantization": "int8_w8a8", "granularity": "channel"},
+    "int8_block": {"quantization": "int8_w8a8", **_BLOCKS},
+    "int8_weights": {"quantization": "int8_w8a16", "granularity": "channel"},
+    "int8_weights_groups": {"quantization": "int8_w8a16", "block_shape": (0, 64)},
+    "int8_weights_zero_points": {"quantization": "int8_w8a16", "block_shape": (0, 32), "zero_points": True},
+    "int4": {"quantization": "int4_w4a16", "block_shape": (0, 128)},
+    "int4_zero_points": {"quantization": "int4_w4a16", "block_shape": (0, 32), "zero_points": True},
+    "mxfp4": {"quantization": "mxfp4_w4a16"},
+}
+# K has a short last block and a short last group, 2 I a block that lies in gate and in up; TMA can step over rows.
+SIZES = {**SMALL, "hidden": 288, "intermediate": 160}
+_OPTIONS = [name for name in OPTIONS if "n_major" not in name and "tails" not in name]
+
+
+def quantized_case(name: str, dtype: torch.dtype, device: str = "cpu", **options) -> Arguments:
+    """The call of that format; `options` stand in for those of SIZES."""
+    return quantized_inputs(dtype=dtype, device=device, **{**SIZES, **FORMATS[name], **options})
+
+
+def with_options() -> list[tuple[str, str]]:
+    """(format, option) pairs: every option of the op with some format, every format with some options."""
+    formats = list(FORMATS)
+    return [(formats[(5 * i) % len(formats)], option) for i, option in enumerate(_OPTIONS)]
+
+
+def one_hot_case(quantization: str, dtype: torch.dtype, device: str = "cpu") -> Arguments:
+    """Every code of a format of 4 bits in every place: out[k, n] = relu(code of w1[n, k])^2, exactly.
+
+    Tokens are one-hot, w2 is the identity, and all scales are 1.
+    """
+    size, experts = 64, 2
+    codes = (torch.arange(size)[:, None] + 3 * torch.arange(size)[None, :]) % 16
+    w1 = torch.stack([codes, codes.flip(1)])
+    if quantization == "int4_w4a16":
+        one, zero, scale = 9, 8, torch.ones(experts, size, size // 32)
+    else:
+        one, zero, scale = 2, 0, torch.full((experts, size, size // 32), 127, dtype=torch.uint8)
+    w2 = torch.where(torch.eye(size) > 0, one, zero).expand(experts, -1, -1)
+    tensors = [torch.eye(size, dtype=dtype), *(_pack(codes) for codes in (w1, w2))]
+    tensors += [torch.ones(size, 1), torch.arange(size)[:, None] % experts]
+    scale = scale.to(device)
+    return Arguments(
+        *(tensor.to(device) for tensor in tensors), w1_scale=scale, w2_scale=scale, activation="relu2_no_gate",
+        quantization=quantization, block_shape=(0, 32),
+    )  # fmt: skip
+
+
+def _pack(codes: torch.Tensor) -> torch.Tensor:
+    return (codes[..., ::2] | codes[..., 1::2] << 4).to(torch.uint8)
+
+
+def hard_rows(dtype: torch.dtype, columns: int, device: str = "cpu") -> torch.Tensor:
+    """Rows that scales have trouble with: zeros, tiny, huge, NaN, infinite, one large column; then an ordinary one."""
+    rows = torch.randn(8, columns, generator=torch.Generator().manual_seed(0))
+    largest = torch.finfo(dtype).max
+    rows[0] = 0
+    rows[1] = rows[1].sign() * 1e-38
+    rows[2] = (rows[2] * 1e5).clamp(-largest, largest)
+    rows[3, columns // 2] = float("nan")
+    rows[4, 1] = float("inf")
+    rows[5, 0] = -largest
+    rows[6, -1] = 3e4
+    return rows.to(device, dtype)
