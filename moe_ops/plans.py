@@ -18,6 +18,8 @@ from moe_ops.problem import Problem, make_problem
 _MAX_ENTRIES = 4096
 _ALIGNMENT = 16
 
+_BLOCK_SHAPE = OPTION_ARGUMENTS.index("block_shape")
+
 _plans: dict[Hashable, tuple[Problem, Plan]] = {}
 
 
@@ -57,9 +59,9 @@ def _key(args: Arguments) -> Hashable | None:
             facts.append(None)
         else:
             return None
-    if args.block_shape is not None:
-        return None
     options = [getattr(args, name) for name in OPTION_ARGUMENTS]
+    if args.block_shape is not None:  # a list, which has no hash
+        options[_BLOCK_SHAPE] = tuple(args.block_shape)
     key = (*facts, *options, env.batch_invariant(), dispatch.current_override())
     try:
         hash(key)

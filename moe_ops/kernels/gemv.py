@@ -123,12 +123,16 @@ def gemv_up_kernel(
     w_rows, w_mask = weight_rows(block_n * (COLUMNS if INTERLEAVED else BLOCK_N), N, BLOCK_N, HALVES, COLUMNS)
     w_ptrs = w_ptr + expert.to(tl.int64) * stride_we + w_rows.to(tl.int64)[:, None] * stride_wn
     x_ptrs = x_ptr + (route // top_k).to(tl.int64) * stride_xm + tl.zeros((1, 1), tl.int64)
-    scale_ptrs = row_ptrs(w_scale_ptr, expert, scale_rows(w_rows, SCALE_ROWS), stride_se, stride_sn)
-    zero_ptrs = row_ptrs(w_zero_ptr, expert, zero_rows(w_rows, FORMAT), stride_ze, stride_zn)
+    scale_ptrs, zero_ptrs = w_scale_ptr, w_zero_ptr
+    if w_scale_ptr is not None:
+        scale_ptrs = row_ptrs(w_scale_ptr, expert, scale_rows(w_rows, SCALE_ROWS), stride_se, stride_sn)
+    if w_zero_ptr is not None:
+        zero_ptrs = row_ptrs(w_zero_ptr, expert, zero_rows(w_rows, FORMAT), stride_ze, stride_zn)
+    if x_scale_ptr is not None:
+        x_scale_ptr += (route // top_k).to(tl.int64) * stride_xsm
     y = _row_dots(w_ptrs, w_mask[:, None], w_rows, scale_ptrs, zero_ptrs, x_ptrs, tl.full((1, 1), True, tl.int1),
-                  row_ptrs(x_scale_ptr, expert, route // top_k, 0, stride_xsm), stride_wk, stride_sk, stride_zk,
-                  stride_xk, stride_xsg, H, COLUMNS, BLOCK_K, EVEN_K, N_MAJOR, False, FORMAT,
-                  SCALE_COLUMNS)  # fmt: skip
+                  x_scale_ptr, stride_wk, stride_sk, stride_zk, stride_xk, stride_xsg, H, COLUMNS, BLOCK_K, EVEN_K,
+                  N_MAJOR, False, FORMAT, SCALE_COLUMNS)  # fmt: skip
     if router_weights_ptr is not None:
         y *= tl.load(router_weights_ptr + route).to(tl.float32)
     if bias_ptr is not None:
@@ -177,8 +181,11 @@ def gemv_down_kernel(
         mask = kept & (columns < H)
         w_ptrs = w_ptr + experts.to(tl.int64) * stride_we + columns.to(tl.int64) * stride_wn
         act_ptrs = act_ptr + routes.to(tl.int64) * stride_am
-        scale_ptrs = row_ptrs(w_scale_ptr, experts, scale_rows(columns, SCALE_ROWS), stride_se, stride_sn)
-        zero_ptrs = row_ptrs(w_zero_ptr, experts, zero_rows(columns, FORMAT), stride_ze, stride_zn)
+        scale_ptrs, zero_ptrs = w_scale_ptr, w_zero_ptr
+        if w_scale_ptr is not None:
+            scale_ptrs = row_ptrs(w_scale_ptr, experts, scale_rows(columns, SCALE_ROWS), stride_se, stride_sn)
+        if w_zero_ptr is not None:
+            zero_ptrs = row_ptrs(w_zero_ptr, experts, zero_rows(columns, FORMAT), stride_ze, stride_zn)
         y = _row_dots(w_ptrs[:, None], mask[:, None], columns, scale_ptrs, zero_ptrs, act_ptrs[:, None], kept[:, None],
                       None, stride_wk, stride_sk, stride_zk, 1, 0, I, ROWS, BLOCK_K, EVEN_K, N_MAJOR, PDL, FORMAT,
                       SCALE_COLUMNS)  # fmt: skip

@@ -100,7 +100,9 @@ def _accumulate(a_desc, a_ptrs, a_row, row_mask, stride_ak, w_desc, w_ptr, exper
     if FORMAT != "none":
         scale_ptr, stride_se, stride_sn, stride_sk, zero_ptr, stride_ze, stride_zn, stride_zk = w_scales
         scale_ptrs = row_ptrs(scale_ptr, expert, scale_rows(w_rows, SCALE_ROWS), stride_se, stride_sn)
-        zero_ptrs = row_ptrs(zero_ptr, expert, zero_rows(w_rows, FORMAT), stride_ze, stride_zn)
+        zero_ptrs = zero_ptr
+        if zero_ptr is not None:
+            zero_ptrs = row_ptrs(zero_ptr, expert, zero_rows(w_rows, FORMAT), stride_ze, stride_zn)
     acc = tl.zeros((COLUMNS, BLOCK_M) if SWAP_AB else (BLOCK_M, COLUMNS), tl.int32 if IN_INTEGERS else tl.float32)
     for k in range(0, K, BLOCK_K):
         stored = k // 2 if PACKED else k
@@ -185,7 +187,9 @@ def up_kernel(
     # First row of the tile in w1, and how many rows there are to stop at.
     n = pid_n * (COLUMNS if INTERLEAVED else BLOCK_N)
     N = 2 * I if INTERLEAVED else I
-    x_scale_ptrs = row_ptrs(x_scale_ptr, expert, routes // top_k, stride_xse, stride_xsm)
+    x_scale_ptrs = x_scale_ptr
+    if x_scale_ptr is not None:
+        x_scale_ptrs = row_ptrs(x_scale_ptr, expert, routes // top_k, stride_xse, stride_xsm)
     acc = _accumulate(None, x_ptrs, 0, row_mask, stride_xk, w_desc, w_ptr, expert, n, N, H,
                       stride_we, stride_wn, stride_wk, x_scale_ptrs, stride_xsg,
                       (w_scale_ptr, stride_se, stride_sn, stride_sk, w_zero_ptr, stride_ze, stride_zn, stride_zk),
@@ -241,7 +245,9 @@ def down_kernel(
     row_mask = routes < num_routes
     n = pid_n * BLOCK_N
     a_ptrs = act_ptr + rows.to(tl.int64)[:, None] * stride_am
-    act_scale_ptrs = row_ptrs(act_scale_ptr, expert, rows, stride_ase, stride_asm)
+    act_scale_ptrs = act_scale_ptr
+    if act_scale_ptr is not None:
+        act_scale_ptrs = row_ptrs(act_scale_ptr, expert, rows, stride_ase, stride_asm)
     acc = _accumulate(act_desc, a_ptrs, pid_m * BLOCK_M, row_mask, 1, w_desc, w_ptr, expert, n, H, I,
                       stride_we, stride_wn, stride_wk, act_scale_ptrs, stride_asg,
                       (w_scale_ptr, stride_se, stride_sn, stride_sk, w_zero_ptr, stride_ze, stride_zn, stride_zk),

@@ -35,8 +35,5 @@ def weight_strides(stride_we, stride_wn, stride_wk, N_MAJOR: tl.constexpr, UNIT:
 
 @triton.jit
 def row_ptrs(ptr, experts, rows, stride_e, stride_n):
-    """Where something that rows of an expert's weights have starts; None where there is no such thing."""
-    if ptr is None:
-        return None
-    else:
-        return ptr + experts.to(tl.int64) * stride_e + rows.to(tl.int64) * stride_n
+    """Where something that rows of an expert's weights have starts."""
+    return ptr + experts.to(tl.int64) * stride_e + rows.to(tl.int64) * stride_n

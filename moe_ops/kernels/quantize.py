@@ -23,11 +23,15 @@ def row_scales(y, LARGEST: tl.constexpr):
 
 @triton.jit
 def quantize(y, scale, dtype: tl.constexpr, LARGEST: tl.constexpr):
-    """round(clamp(y / scale)), y and scale in fp32; a NaN stays one where `dtype` has it, and is 0 in int8."""
-    q = tl.div_rn(y, scale)
-    q = tl.where(q > LARGEST, LARGEST, tl.where(q < -LARGEST, -LARGEST, q))
+    """y / scale, both in fp32, rounded to `dtype`; a NaN stays one where `dtype` has it, and is 0 in int8.
+
+    By a reciprocal: a quotient that is not the nearest float32 rounds to the same number of 8 bits, but for ties.
+    """
+    q = y * tl.div_rn(1.0, scale)
     if dtype == tl.int8:
+        q = tl.where(q > LARGEST, LARGEST, tl.where(q < -LARGEST, -LARGEST, q))
         q = tl.where(q == q, (q + _ROUND) - _ROUND, 0.0)
+    # The conversion to fp8 saturates.
     return q.to(dtype)
 
 

@@ -113,6 +113,6 @@ def test_tiles(num_tokens, block_m):
     for rows in (64, 128):
         forced = [replace(tile, block_m=rows, group_m=4, num_stages=4) for tile in tiles]
         assert tiles_obstacle("blockscaled", problem, *forced) is None
-    assert "only group_m and num_stages" in tiles_obstacle("blockscaled", 
-        problem, *(replace(t, block_k=64) for t in tiles)
+    assert "only group_m and num_stages" in tiles_obstacle(
+        "blockscaled", problem, *(replace(t, block_k=64) for t in tiles)
     )
