@@ -27,7 +27,7 @@ FORMATS = {
     "mxfp4": {"quantization": "mxfp4_w4a16"},
 }
 # K has a short last block and a short last group, 2 I a block that lies in gate and in up; TMA can step over rows.
-SIZES = {**SMALL, "hidden": 288, "intermediate": 160}
+SIZES = {**SMALL, "num_tokens": 9, "hidden": 160, "intermediate": 96}
 _OPTIONS = [name for name in OPTIONS if "n_major" not in name and "tails" not in name]
 
 
@@ -42,10 +42,10 @@ def with_options() -> list[tuple[str, str]]:
     return [(formats[(5 * i) % len(formats)], option) for i, option in enumerate(_OPTIONS)]
 
 
-def one_hot_case(quantization: str, dtype: torch.dtype, device: str = "cpu") -> Arguments:
+def one_hot_case(quantization: str, dtype: torch.dtype, device: str = "cpu", num_tokens: int = 64) -> Arguments:
     """Every code of a format of 4 bits in every place: out[k, n] = relu(code of w1[n, k])^2, exactly.
 
-    Tokens are one-hot, w2 is the identity, and all scales are 1.
+    Token k, of at most 64, is one-hot in column k, w2 is the identity, and all scales are 1.
     """
     size, experts = 64, 2
     codes = (torch.arange(size)[:, None] + 3 * torch.arange(size)[None, :]) % 16
@@ -55,8 +55,8 @@ def one_hot_case(quantization: str, dtype: torch.dtype, device: str = "cpu") -> 
     else:
         one, zero, scale = 2, 0, torch.full((experts, size, size // 32), 127, dtype=torch.uint8)
     w2 = torch.where(torch.eye(size) > 0, one, zero).expand(experts, -1, -1)
-    tensors = [torch.eye(size, dtype=dtype), *(_pack(codes) for codes in (w1, w2))]
-    tensors += [torch.ones(size, 1), torch.arange(size)[:, None] % experts]
+    tensors = [torch.eye(size, dtype=dtype)[:num_tokens], *(_pack(codes) for codes in (w1, w2))]
+    tensors += [torch.ones(num_tokens, 1), torch.arange(num_tokens)[:, None] % experts]
     scale = scale.to(device)
     return Arguments(
         *(tensor.to(device) for tensor in tensors), w1_scale=scale, w2_scale=scale, activation="relu2_no_gate",

@@ -66,7 +66,7 @@ def run(args: Arguments, problem: Problem, plan: Plan, out: Tensor, describe: De
 def stages(args: Arguments, problem: Problem, plan: Plan, out: Tensor, describe: Describe | None) -> Iterator[str]:
     """`run` in steps: launches one stage at a time and yields its name.
 
-    The names are "quantize" (of the hidden states), "route", "up" (quantisation of its result included), "down" and
+    The names are "route", "quantize" (of the hidden states), "up" (quantisation of its result included), "down" and
     "combine"; not every call has all of them.
     """
     with on_device(args.hidden_states):
@@ -81,14 +81,15 @@ def stages(args: Arguments, problem: Problem, plan: Plan, out: Tensor, describe:
             gemv.down(args, problem, plan, ids, expert_map, act, combine_weights, out)
             yield "down"
             return
-        x = quantize.inputs(args, problem, plan)
-        if problem.scheme.quantizes_inputs:
-            yield "quantize"
+        x = quantize.empty_inputs(args, problem)
         routing = sort_routes(
             args.topk_ids, problem.num_experts, plan.block_m, args.expert_map, Launcher(plan.kernels),
             plan.dependent_launch,
         )  # fmt: skip
         yield "route"
+        if problem.scheme.quantizes_inputs:
+            quantize.inputs(args, problem, plan, x)
+            yield "quantize"
         act = _UP[plan.variant](args, problem, plan, describe, routing, router_weights, x)
         yield "up"
         rows = _workspace(args, problem, plan, problem.hidden_size)

@@ -17,26 +17,28 @@ LARGEST = {torch.float8_e4m3fn: 448.0, torch.int8: 127.0}
 _ELEMENTS, _STATIC_COLUMNS = 4096, 1024
 
 
-def inputs(args: Arguments, problem: Problem, plan: Plan) -> ScaledRows:
-    """The hidden states as the up GEMM multiplies them.
+def empty_inputs(args: Arguments, problem: Problem) -> ScaledRows:
+    """The hidden states as the up GEMM multiplies them: as they are or arrived, or buffers for `inputs` to fill.
+
+    To be called before the sort of the routes: `inputs` does not wait for the sort, and memory that the sort gave back
+    is not free yet when it writes.
+    """
+    x, scheme, given = args.hidden_states, problem.scheme, args.a1_scale
+    if scheme.inputs_given:
+        return given_rows(x, given)
+    return empty(args, problem, scheme.inputs, x.shape, given) if scheme.inputs else ScaledRows(x)
+
+
+def inputs(args: Arguments, problem: Problem, plan: Plan, rows: ScaledRows) -> None:
+    """Quantises the hidden states. Launched after the sort of the routes, runs beside it, and ends after it.
 
     Args:
         args: the call.
         problem: its description.
         plan: how it runs.
-
-    Returns:
-        Rows of every token: quantised here, or as they arrived.
+        rows: from `empty_inputs`; written.
     """
-    x, scheme = args.hidden_states, problem.scheme
-    if not scheme.inputs:
-        return ScaledRows(x)
-    given = args.a1_scale
-    if scheme.inputs_given:
-        return given_rows(x, given)
-    rows = empty(args, problem, scheme.inputs, x.shape, given)
-    _launch("quantize x", x, rows, given, None, problem, plan)
-    return rows
+    _launch("quantize x", args.hidden_states, rows, args.a1_scale, None, problem, plan)
 
 
 def activation(args: Arguments, problem: Problem, plan: Plan, act: Tensor, routing: Routing) -> ScaledRows:
@@ -103,6 +105,6 @@ def _launch(name: str, x: Tensor, rows: ScaledRows, given: Tensor | None, routin
          num_rows, problem.num_routes, columns, *x.stride(), rows.values.stride(0), *rows.strides),
         lambda: {
             "LARGEST": LARGEST[rows.values.dtype], "WIDTH": width, "UNITS": units, "BLOCK_M": plan.block_m,
-            "num_warps": min(32, max(4, width * units // 2048)), **dependent(plan, follows=routing is not None),
+            "num_warps": min(32, max(4, width * units // 2048)), **dependent(plan),
         },
     )  # fmt: skip

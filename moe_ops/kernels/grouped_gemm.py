@@ -91,6 +91,8 @@ def _accumulate(a_desc, a_ptrs, a_row, row_mask, stride_ak, w_desc, w_ptr, exper
     BYTES_K: tl.constexpr = BLOCK_K // 2 if PACKED else BLOCK_K
     STEP_BY_STEP: tl.constexpr = ROWS_TOO and SCALE_COLUMNS > 0
     IN_INTEGERS: tl.constexpr = FORMAT == "int8_w8a8" and not STEP_BY_STEP
+    # Hopper adds fp8 products with fewer bits than fp32: not more of them than a step has.
+    IMPRECISE: tl.constexpr = BLOCK_K if FORMAT == "fp8_w8a8" else None
     k_offsets = tl.arange(0, BLOCK_K)
     stored_offsets = tl.arange(0, BYTES_K)
     stored_k = K // 2 if PACKED else K
@@ -137,9 +139,9 @@ def _accumulate(a_desc, a_ptrs, a_row, row_mask, stride_ak, w_desc, w_ptr, exper
             else:
                 acc += tl.dot(a, w).to(tl.float32) * (a_scale[:, None] * w_scale[None, :])
         elif SWAP_AB:
-            acc = tl.dot(w.T, a.T, acc, input_precision=PRECISION, out_dtype=acc.dtype)
+            acc = tl.dot(w.T, a.T, acc, input_precision=PRECISION, max_num_imprecise_acc=IMPRECISE, out_dtype=acc.dtype)
         else:
-            acc = tl.dot(a, w, acc, input_precision=PRECISION, out_dtype=acc.dtype)
+            acc = tl.dot(a, w, acc, input_precision=PRECISION, max_num_imprecise_acc=IMPRECISE, out_dtype=acc.dtype)
     if SWAP_AB:
         acc = acc.T
     if FORMAT != "none" and SCALE_COLUMNS == 0:

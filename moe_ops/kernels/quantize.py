@@ -44,10 +44,12 @@ def quantize_kernel(
     """q[r] = round(x[r] / scale) by units of WIDTH columns, UNITS of them a program.
 
     A unit has a scale of its own, which is stored, or is divided by a given one (per expert, stride_ge). Sorted rows:
-    those without a route are left out.
+    those without a route are left out, and come from the launch before this one. Other rows do not: this launch runs
+    beside the one before it, and ends after it, so that whoever waits for this one has both.
     """
     if PDL:
-        gdc_wait()
+        if tile_experts_ptr is not None:
+            gdc_wait()
         gdc_launch_dependents()
     num_groups = tl.cdiv(K, WIDTH)
     unit = tl.program_id(0).to(tl.int64) * UNITS + tl.arange(0, UNITS)
@@ -70,3 +72,6 @@ def quantize_kernel(
         scale = tl.load(given_ptr + row * 0)
     q = quantize(y, scale[:, None], q_ptr.dtype.element_ty, LARGEST)
     tl.store(q_ptr + row[:, None] * stride_qm + columns, q, mask=mask)
+    if PDL:
+        if tile_experts_ptr is None:
+            gdc_wait()

@@ -59,6 +59,8 @@ def tile_configs(
         # accumulator converted weights would spill, and a product that is scaled before it is added all the more.
         most = 4096 if problem.scheme.row_dtype is not None and problem.scheme.scale_columns else 8192
         up, down = (replace(t, block_k=128, block_n=min(t.block_n, most // t.block_m)) for t in (up, down))
+        if up.swap_ab and rows_per_expert <= 8 and problem.scheme.row_dtype is not None:
+            up, down = _few_quantized_rows(rows_per_expert, problem, up, down)
     return fit(up, device, itemsize, gated=problem.activation.gated), fit(down, device, itemsize, gated=False)
 
 
@@ -105,6 +107,17 @@ def _tma(rows: float, problem: Problem) -> tuple[TileConfig, TileConfig]:
     if rows <= 48:
         return TileConfig(64, 64, 128, 4, 4, 3, True), TileConfig(64, 128, 64, 4, 4, 4, True)
     return TileConfig(128, 128, 64, 16, 8, 4), TileConfig(128, 256, 64, 16, 8, 4)
+
+
+def _few_quantized_rows(
+    rows: float, problem: Problem, up: TileConfig, down: TileConfig
+) -> tuple[TileConfig, TileConfig]:
+    """Rows of one byte an element take half the shared memory: twice the columns for as many bytes on their way."""
+    if rows < 2:
+        up = replace(up, block_n=64, num_stages=3)
+    if problem.intermediate_size > _SHORT_REDUCTION:
+        down = replace(down, block_n=128)
+    return up, down
 
 
 def _classic(rows: float) -> tuple[TileConfig, TileConfig]:

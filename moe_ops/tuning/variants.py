@@ -19,6 +19,8 @@ VARIANTS = ("direct", "sorted", "pingpong", "blockscaled")
 # and its ring is refilled for every tile. Measured on an H200, see docs/kernels.md.
 _PINGPONG_ROWS = 64
 _PINGPONG_ROWS_SHORT, _SHORT_REDUCTION = 128, 512
+# Weights of one token's routes up to which quantised ones are multiplied without a sort.
+_DIRECT_WEIGHTS = 60_000_000
 # The same for fp8: the general kernel has its scales in the way, and more so the more rows there are.
 _QUANTIZED_ROWS = 16
 # Rows an expert can expect above which the block-scaled kernel's row block is 128: less traffic, but more padding.
@@ -39,7 +41,7 @@ def choose_variant(problem: Problem, device: Device, path: str, *, batch_invaria
     """
     if batch_invariant:
         return "sorted"
-    if problem.num_tokens == 1 and problem.w1_strides[2] == 1 == problem.w2_strides[2]:
+    if problem.num_tokens == 1 and problem.w1_strides[2] == 1 == problem.w2_strides[2] and _few_weights(problem):
         return "direct"
     if problem.scheme.quantized:
         least = _QUANTIZED_ROWS
@@ -51,6 +53,17 @@ def choose_variant(problem: Problem, device: Device, path: str, *, batch_invaria
             if variant_obstacle(variant, problem, device, path) is None:
                 return variant
     return "sorted"
+
+
+def _few_weights(problem: Problem) -> bool:
+    """Whether matrix-vector products of all routes cost less than the launches of the others.
+
+    Threads that make numbers of quantised weights, and not the memory, set their pace.
+    """
+    if not problem.scheme.quantized:
+        return True
+    weights = problem.top_k * problem.hidden_size * (problem.w1_rows + problem.intermediate_size)
+    return weights <= _DIRECT_WEIGHTS
 
 
 def variant_obstacle(variant: str, problem: Problem, device: Device, path: str) -> str | None:

@@ -5,6 +5,7 @@ import torch
 
 from moe_ops.devices import describe
 from moe_ops.problem import make_problem
+from moe_ops.reference import fused_moe_reference
 from moe_ops.testing import assert_correct, assert_exact, errors, override, poisoned_memory
 from moe_ops.testing.emulator import emulate
 from moe_ops.tuning import VARIANTS, variant_obstacle
@@ -85,7 +86,7 @@ def test_rows_that_are_hard_to_scale(name, variant):
     """Zeros give zeros, a NaN stays where it is, and no row changes another."""
     args = quantized_case(name, torch.bfloat16, "cuda", num_tokens=8, routing="uniform")
     skip_unless_it_runs(args, "tma", variant)
-    args.hidden_states = hard_rows(torch.bfloat16, 288, "cuda")
+    args.hidden_states = hard_rows(torch.bfloat16, args.hidden_states.shape[1], "cuda")
     with override(path="tma", variant=variant), poisoned_memory():
         out = run(args)
         args.hidden_states = args.hidden_states.nan_to_num(0.0, 1.0, 1.0)
@@ -114,10 +115,26 @@ def test_graph_replays_with_other_inputs(name, num_tokens):
     assert torch.equal(out, run(other))
 
 
+@pytest.mark.parametrize("name", ["fp8_tensor", "fp8_block", "int8_channel", "mxfp4"])
+@pytest.mark.parametrize("num_tokens", [16, 700])
+def test_repeats(name, num_tokens):
+    """The kernels of a call overlap: the same bits 500 times, beside another stream that takes what is free."""
+    args = quantized_case(name, torch.bfloat16, "cuda", num_tokens=num_tokens)
+    skip_unless_it_runs(args, "classic", "sorted")
+    expected, wrong = run(args), torch.zeros((), dtype=torch.int64, device="cuda")
+    noise, other = torch.randn(2**22, device="cuda"), torch.cuda.Stream()
+    for _ in range(500):
+        with torch.cuda.stream(other):
+            noise.mul_(1.0)
+        wrong += (run(args) != expected).any()
+    assert wrong.item() == 0
+
+
 @pytest.mark.parametrize("name", ["fp8_channel", "fp8_block", "int4", "mxfp4"])
 def test_compiled(name):
     args = quantized_case(name, torch.bfloat16, "cuda")
     skip_unless_it_runs(args, "classic", "sorted")
+    torch._dynamo.reset()  # graphs of the formats before count towards the limit
 
     @torch.compile(fullgraph=True, dynamic=True)
     def block(x, ids, weights):
@@ -131,17 +148,15 @@ def test_compiled(name):
         assert torch.equal(block(*tensors), expected)
 
 
-@pytest.mark.parametrize("reduction", [2048, 14336])
-def test_error_of_accumulation(reduction):
-    """fp8 products are added with fewer bits than fp32 has: what that adds to the rounding of the rows is bounded."""
+@pytest.mark.parametrize("variant", ["sorted", "pingpong"])
+@pytest.mark.parametrize("num_tokens", [16, 256])
+def test_error_of_accumulation(num_tokens, variant):
+    """Tensor cores add fp8 products with fewer bits than fp32 has; over a long K too the rule holds."""
     args = quantized_case(
-        "fp8_channel", torch.bfloat16, "cuda", num_tokens=256, hidden=512, intermediate=reduction, experts=2
-    )
-    skip_unless_it_runs(args, "tma", "sorted")
-    exact = emulate(args).double()
-    for variant in ("sorted", "pingpong"):
-        if variant_obstacle(variant, make_problem(args), describe(args.w1.device), "tma") is None:
-            with override(path="tma", variant=variant):
-                error = errors(run(args), exact)
-            print(variant, reduction, error)
-            assert error.rms < 1e-2
+        "fp8_channel", torch.bfloat16, "cuda", num_tokens=num_tokens, hidden=4096, intermediate=14336, experts=2,
+        top_k=1,
+    )  # fmt: skip
+    skip_unless_it_runs(args, "tma", variant)
+    with override(path="tma", variant=variant):
+        error = assert_correct(run(args), args)
+    print(variant, num_tokens, error, errors(emulate(args), fused_moe_reference(args)))
