@@ -47,26 +47,41 @@ def fused_moe(
         out[m] = routed_scaling_factor
                  * sum_k topk_weights[m, k] * (act(x[m] @ w1[e]^T + b1[e]) @ w2[e]^T + b2[e])
 
-    Matrix products, bias, activation and the sum over k are computed in fp32. The activation, each route's output
-    and the result are rounded once, to the dtype of `hidden_states` and of the result; on the CPU in 16 bits the up
-    projection may be rounded once more. This is `torch.ops.moe_ops.fused_moe_tma` with types and a docstring.
+    Matrix products, bias, activation and the sum over k are computed in fp32. The activation and each route's output
+    are rounded once, to the compute dtype, and the result to its own; on the CPU in 16 bits the up projection may be
+    rounded once more. The compute dtype is that of `hidden_states`; where those arrive quantised, it is `out_dtype` if
+    that has 16 bits, else bfloat16. What quantised weights add to the roundings is in docs/op.md. This is
+    `torch.ops.moe_ops.fused_moe_tma` with types and a docstring.
+
+    In the shapes of quantised tensors, quotients are rounded up, and a weight is [E, N, K]: N are its rows, K = H for
+    `w1` and I for `w2`.
 
     Args:
-        hidden_states: x, [M, H], bfloat16, float16 or float32; any strides. M may be 0.
+        hidden_states: x, [M, H], bfloat16, float16 or float32; any strides. M may be 0. With "fp8_w8a8" also e4m3fn,
+            with "int8_w8a8" also int8; then `a1_scale` is needed.
         w1: gate and up weights, [E, 2 * I, H], or [E, I, H] for an activation that ends in "_no_gate"; the dtype of
-            `hidden_states`; any strides (K-major and N-major ones can go by TMA).
+            `hidden_states`; any strides (K-major and N-major ones can go by TMA). Quantised: float8_e4m3fn or
+            float8_e5m2 ("fp8_w8a8"), int8 ("int8_w8a8", "int8_w8a16"), or uint8 [E, N, K / 2] with the even column in
+            the low nibble ("int4_w4a16", "mxfp4_w4a16"; for the latter [E, N, K / 32, 16] too); K-major ones can go by
+            TMA.
         w2: down weights, [E, H, I], likewise.
         topk_weights: routing weights, [M, top_k], any floating-point dtype of at least 16 bits.
         topk_ids: expert of each route, [M, top_k], int32 or int64. A route whose id is not in 0 .. E - 1 contributes
             exactly 0, whatever its weight. Duplicate ids add up; top_k may exceed E.
-        w1_bias: [E, rows of w1] in the row order of `w1`, the dtype of `hidden_states` or float32.
+        w1_bias: [E, rows of w1] in the row order of `w1`, the compute dtype or float32.
         w2_bias: [E, H], likewise.
-        w1_scale: scales of quantised `w1`.
-        w2_scale: scales of quantised `w2`.
-        w1_zero_point: zero points of quantised `w1`.
-        w2_zero_point: zero points of quantised `w2`.
-        a1_scale: scales of quantised `hidden_states`.
-        a2_scale: static scale of the quantised activation.
+        w1_scale: scales of quantised `w1`, float32, bfloat16 or float16: [E] ("fp8_w8a8"), [E, N] (not for 4 bits),
+            [E, N / 128, K / 128] with blocks, [E, N, K / g] with groups. "mxfp4_w4a16": uint8 or float8_e8m0fnu
+            [E, N, K / 32].
+        w2_scale: scales of quantised `w2`, likewise.
+        w1_zero_point: zero points of `w1` in groups, uint8: [E, N, K / g] ("int8_w8a16"), or [E, N / 2, K / g] with
+            the even row in the low nibble ("int4_w4a16"). Without them, int8 has 0 and int4 has 8 for zero.
+        w2_zero_point: zero points of `w2`, likewise; both or none.
+        a1_scale: scales of quantised `hidden_states`, float32: [1] or [M, 1], with blocks [1] or [M, H / 128]. For
+            others [1], with which "fp8_w8a8" without blocks quantises them; None: the op scales them by their maxima,
+            per token, with blocks per 128 columns.
+        a2_scale: the scale with which "fp8_w8a8" without blocks quantises the activation, float32: [1], or [E], one
+            per expert. None: the op scales it by its maxima, likewise.
         expert_map: [E_global] int32. `topk_ids` then index it, and its values are the experts; a value outside
             0 .. E - 1 drops the route.
         activation: "silu", "gelu" (erf), "gelu_tanh", "swigluoai" (gpt-oss: g * sigmoid(alpha * g) * (u + 1)), or
@@ -76,8 +91,12 @@ def fused_moe(
             "swigluoai" (default: 7.0) activation.
         gate_up_layout: order of the rows of `w1`: "concatenated" (I gate rows, I up rows) or "interleaved" (g0, u0,
             g1, u1, ...).
-        quantization: weight format; "none", or a format this version does not have yet.
-        block_shape: block of the quantisation scales.
+        quantization: how the weights are stored: "none", "fp8_w8a8", "int8_w8a8", "int8_w8a16", "int4_w4a16" or
+            "mxfp4_w4a16". Those in "w8a8" round hidden states and activation to e4m3fn or int8 as well. fp8 on a GPU
+            needs compute capability 8.9.
+        block_shape: (rows, columns) of the weights that share a scale: (128, 128) blocks in the formats "w8a8"; groups
+            (0, g) with g = 32, 64 or 128 in "int8_w8a16" and, always, "int4_w4a16"; (0, 32) in "mxfp4_w4a16", where
+            it may be left out. None: a scale per row or, in "fp8_w8a8", per tensor.
         apply_router_weight_on_input: the routing weight multiplies x @ w1^T, in fp32 and before the bias, and not the
             output.
         routed_scaling_factor: multiplies the result.
@@ -85,16 +104,16 @@ def fused_moe(
         deterministic: True: equal inputs give equal bits. False permits a combine whose order of additions varies.
         path: "auto" (TMA on NVIDIA GPUs of compute capability 9.0 and later where the weights can be described to it,
             else the classic kernels, the CPU kernel for CPU tensors), "tma", "classic", or "reference" (float64, slow).
-        out_dtype: dtype of the result; by default that of `hidden_states`.
+        out_dtype: dtype of the result, bfloat16, float16 or float32; by default the compute dtype.
 
     Returns:
         [M, H], or [M, top_k, H] with `reduce_topk=False`; contiguous, on the device of `hidden_states`.
 
     Raises:
-        ValueError: a shape, device, option or combination of options is wrong, or `path` cannot run; the message names
-            the argument, what it got, what it expected, and the way out.
+        ValueError: a shape, device, option or combination of options is wrong, or `path` or the format cannot run; the
+            message names the argument, what it got, what it expected, and the way out.
         TypeError: a dtype is wrong.
-        NotImplementedError: a quantisation format that is not available; or a backward pass was run.
+        NotImplementedError: a backward pass was run.
 
     Example:
         >>> import torch, moe_ops
@@ -131,7 +150,7 @@ def explain(*args, **kwargs) -> Plan:
         A `Plan`; `print` it to read it.
 
     Raises:
-        ValueError, TypeError, NotImplementedError: as `fused_moe` would.
+        ValueError, TypeError: as `fused_moe` would.
 
     Example:
         >>> import torch, moe_ops

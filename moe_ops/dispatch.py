@@ -137,6 +137,9 @@ def _check_tiles(problem: Problem, variant: str, up: TileConfig, down: TileConfi
         raise ValueError(f"block_m is {up.block_m} in variant {variant!r}; it is 1 in 'direct', and in no other")
     if not unsorted and min(min(tile.block_m, tile.block_n, tile.block_k) for tile in (up, down)) < 16:
         raise ValueError(f"a block of {up} or {down} is below 16, which only variant 'direct' can have")
+    blocks = problem.scheme.row_dtype is not None and problem.scheme.scale_columns > 0
+    if blocks and not unsorted and max(up.block_k, down.block_k) > GROUP:
+        raise ValueError(f"block_k of {up} or {down} is above {GROUP}, the columns that share a scale of the rows")
     obstacle = tiles_obstacle(variant, problem, up, down)
     if obstacle is not None:
         raise ValueError(obstacle)
@@ -148,11 +151,13 @@ def row_stride(columns: int) -> int:
 
 
 def _workspace_bytes(problem: Problem, plan: Plan) -> int:
+    scheme, quantized = problem.scheme, 0
     act = plan.max_rows * row_stride(problem.intermediate_size) * problem.dtype.itemsize
     if plan.variant == "direct":
         return act
+    if plan.variant == "blockscaled" or (plan.variant == "pingpong" and scheme.act in ("tensor", "expert")):
+        act = 0  # quantised before it is stored
     rows = plan.max_rows * row_stride(problem.hidden_size) * problem.dtype.itemsize
-    scheme, quantized = problem.scheme, 0
     if scheme.quantizes_inputs:
         quantized += _quantized_bytes(problem.num_tokens, problem.hidden_size, scheme.inputs)
     if scheme.act:

@@ -33,7 +33,7 @@ def plan(args: Arguments) -> tuple[Problem, Plan]:
         Its description and its plan.
 
     Raises:
-        ValueError, TypeError, NotImplementedError: the call is wrong, or its path cannot run. Errors are not kept.
+        ValueError, TypeError: the call is wrong, or its path or format cannot run. Errors are not kept.
     """
     key = _key(args)
     found = _plans.get(key) if key is not None else None

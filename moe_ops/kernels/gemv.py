@@ -29,7 +29,8 @@ def _load_v(v_ptrs, v_mask, k, K, stride_vk, scale_ptr, stride_group, EVEN_K: tl
     v = tl.load(v_ptrs + k.to(tl.int64) * stride_vk, mask=v_mask if EVEN_K else v_mask & (k < K), other=0.0)
     v = v.to(tl.float32)
     if scale_ptr is not None:
-        v *= tl.load(scale_ptr + (k // 128) * stride_group, mask=k < K, other=0.0)
+        scale = tl.load(scale_ptr + (k // 128).to(tl.int64) * stride_group, mask=k < K, other=0.0)
+        v *= scale
     return v
 
 

@@ -91,8 +91,6 @@ def _accumulate(a_desc, a_ptrs, a_row, row_mask, stride_ak, w_desc, w_ptr, exper
     BYTES_K: tl.constexpr = BLOCK_K // 2 if PACKED else BLOCK_K
     STEP_BY_STEP: tl.constexpr = ROWS_TOO and SCALE_COLUMNS > 0
     IN_INTEGERS: tl.constexpr = FORMAT == "int8_w8a8" and not STEP_BY_STEP
-    # Hopper adds fp8 products with fewer bits than fp32: not more of them than a step has.
-    IMPRECISE: tl.constexpr = BLOCK_K if FORMAT == "fp8_w8a8" else None
     k_offsets = tl.arange(0, BLOCK_K)
     stored_offsets = tl.arange(0, BYTES_K)
     stored_k = K // 2 if PACKED else K
@@ -132,16 +130,24 @@ def _accumulate(a_desc, a_ptrs, a_row, row_mask, stride_ak, w_desc, w_ptr, exper
             else:
                 w = dequantized(w.T, None, None, FORMAT, 1).to(a.dtype).T
         if STEP_BY_STEP:
-            a_scale = tl.load(a_scale_ptrs + (k // 128) * stride_ag, mask=row_mask, other=0.0)
-            w_scale = tl.load(scale_ptrs + (k // SCALE_COLUMNS) * stride_sk, mask=w_mask, other=0.0).to(tl.float32)
+            a_scale = tl.load(a_scale_ptrs + tl.cast(k // 128, tl.int64) * stride_ag, mask=row_mask, other=0.0)
+            w_scale = tl.load(
+                scale_ptrs + tl.cast(k // SCALE_COLUMNS, tl.int64) * stride_sk, mask=w_mask, other=0.0
+            ).to(tl.float32)
             if SWAP_AB:
                 acc += tl.dot(w.T, a.T).to(tl.float32) * (w_scale[:, None] * a_scale[None, :])
             else:
                 acc += tl.dot(a, w).to(tl.float32) * (a_scale[:, None] * w_scale[None, :])
+        elif FORMAT == "fp8_w8a8":
+            # Hopper adds fp8 products with fewer bits than fp32: not more of them than a step has.
+            if SWAP_AB:
+                acc += tl.dot(w.T, a.T)
+            else:
+                acc += tl.dot(a, w)
         elif SWAP_AB:
-            acc = tl.dot(w.T, a.T, acc, input_precision=PRECISION, max_num_imprecise_acc=IMPRECISE, out_dtype=acc.dtype)
+            acc = tl.dot(w.T, a.T, acc, input_precision=PRECISION, out_dtype=acc.dtype)
         else:
-            acc = tl.dot(a, w, acc, input_precision=PRECISION, max_num_imprecise_acc=IMPRECISE, out_dtype=acc.dtype)
+            acc = tl.dot(a, w, acc, input_precision=PRECISION, out_dtype=acc.dtype)
     if SWAP_AB:
         acc = acc.T
     if FORMAT != "none" and SCALE_COLUMNS == 0:

@@ -53,14 +53,14 @@ def quantize_kernel(
         gdc_launch_dependents()
     num_groups = tl.cdiv(K, WIDTH)
     unit = tl.program_id(0).to(tl.int64) * UNITS + tl.arange(0, UNITS)
-    row, group = unit // num_groups, unit % num_groups
+    row, group = (unit // num_groups).to(tl.int64), (unit % num_groups).to(tl.int64)
     kept = row < num_rows
     if tile_experts_ptr is not None:
         # Routes past the last row block are nobody's: whether there is a block has to be known first.
         expert = tl.load(tile_experts_ptr + row // BLOCK_M, mask=kept, other=-1)
         kept = expert >= 0
         kept = tl.load(sorted_routes_ptr + row, mask=kept, other=num_routes) < num_routes
-    columns = group[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
+    columns = (group[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]).to(tl.int64)
     mask = kept[:, None] & (columns < K)
     y = tl.load(x_ptr + row[:, None] * stride_xm + columns * stride_xk, mask=mask, other=0.0).to(tl.float32)
     if given_ptr is None:

@@ -56,8 +56,9 @@ def tile_configs(
         up = replace(up, block_n=min(256, 2 * up.block_n))
     if problem.scheme.quantized:
         # One step, one scale: a group of 128 columns. Fewer bytes a step would leave the memory idle. Beside a large
-        # accumulator converted weights would spill, and a product that is scaled before it is added all the more.
-        most = 4096 if problem.scheme.row_dtype is not None and problem.scheme.scale_columns else 8192
+        # accumulator converted weights would spill, and a product that is added up by itself all the more.
+        step_by_step = problem.scheme.name == "fp8_w8a8" or (problem.scheme.row_dtype and problem.scheme.scale_columns)
+        most = 4096 if step_by_step else 8192
         up, down = (replace(t, block_k=128, block_n=min(t.block_n, most // t.block_m)) for t in (up, down))
         if up.swap_ab and rows_per_expert <= 8 and problem.scheme.row_dtype is not None:
             up, down = _few_quantized_rows(rows_per_expert, problem, up, down)

@@ -19,10 +19,10 @@ VARIANTS = ("direct", "sorted", "pingpong", "blockscaled")
 # and its ring is refilled for every tile. Measured on an H200, see docs/kernels.md.
 _PINGPONG_ROWS = 64
 _PINGPONG_ROWS_SHORT, _SHORT_REDUCTION = 128, 512
-# Weights of one token's routes up to which quantised ones are multiplied without a sort.
-_DIRECT_WEIGHTS = 60_000_000
 # The same for fp8: the general kernel has its scales in the way, and more so the more rows there are.
 _QUANTIZED_ROWS = 16
+# Weights of one token's routes up to which quantised ones are multiplied without a sort.
+_DIRECT_WEIGHTS = 60_000_000
 # Rows an expert can expect above which the block-scaled kernel's row block is 128: less traffic, but more padding.
 _BLOCKSCALED_SPLIT_ROWS = 2000
 

@@ -58,8 +58,11 @@ def quantized(num_rows, columns):
     return ScaledRows(values, torch.zeros(-(-columns // 128), num_rows), 1, num_rows)
 
 
-@pytest.mark.parametrize("block_m", [64, 128])
-@pytest.mark.parametrize("name", VARIANTS)
+# One row block for both consumers changes nothing in the epilogue: a few variants show the rest.
+@pytest.mark.parametrize(
+    ("name", "block_m"),
+    [*((name, 64) for name in VARIANTS), *((name, 128) for name in ("plain", "straddling_blocks", "interleaved"))],
+)
 def test_variants(name, block_m):
     up, down = compile_pair(block_m, **VARIANTS[name])
     weights = "e5m2" if VARIANTS[name].get("weight_dtype") == torch.float8_e5m2 else "e4m3"

@@ -13,7 +13,7 @@ from hypothesis import assume, given
 from moe_ops.devices import describe
 from moe_ops.problem import make_problem
 from moe_ops.testing import override, poisoned_memory
-from moe_ops.testing.strategies import assert_result, build, calls
+from moe_ops.testing.strategies import assert_result, build, calls, formats
 from moe_ops.tuning import variant_obstacle
 from tests.cases import run
 from tests.fuzz import drawing
@@ -24,23 +24,32 @@ HALF = (torch.bfloat16, torch.float16)
 LARGE = {"max_tokens": 4096, "max_size": 1024, "max_experts": 64}
 # Without a sort only few tokens make sense, and the others' time is better spent elsewhere.
 FEW = {"max_tokens": 16, "max_size": 1024}
+ROWS = formats(("fp8_w8a8",), blocks=False)
+BLOCKS = formats(("fp8_w8a8",), blocks=True)
 CASES = {
     "classic": ("sorted", calls(tma=False, dtypes=(*HALF, torch.float32), **LARGE)),
     "classic_direct": ("direct", calls(tma=False, dtypes=(*HALF, torch.float32), **FEW)),
     "tma": ("sorted", calls(dtypes=HALF, **LARGE)),
     "tma_direct": ("direct", calls(dtypes=HALF, **FEW)),
     "tma_pingpong": ("pingpong", calls(dtypes=HALF, **LARGE)),
+    "quantized_classic": ("sorted", calls(tma=False, dtypes=(*HALF, torch.float32), quantized=formats(), **LARGE)),
+    "quantized_direct": ("direct", calls(tma=False, dtypes=(*HALF, torch.float32), quantized=formats(), **FEW)),
+    "quantized_tma": ("sorted", calls(dtypes=HALF, quantized=formats(), **LARGE)),
+    "quantized_pingpong": ("pingpong", calls(dtypes=HALF, quantized=ROWS, **LARGE)),
+    "quantized_blockscaled": ("blockscaled", calls(dtypes=HALF, quantized=BLOCKS, **LARGE)),
 }
 
 
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.timeout(3600)  # most calls are compiled for
 def test_drawn_calls(name):
-    path = name.split("_")[0]
     variant, drawn = CASES[name]
+    path = "tma" if "tma" in name or variant in ("pingpong", "blockscaled") else "classic"
+    if "quantized" in name and CAPABILITY < (8, 9):
+        pytest.skip("fp8 needs compute capability 8.9")
     if path == "tma" and CAPABILITY < (9, 0):
         pytest.skip("needs compute capability 9.0")
-    if variant == "pingpong" and CAPABILITY[0] != 9:
+    if variant in ("pingpong", "blockscaled") and CAPABILITY[0] != 9:
         pytest.skip("wgmma is Hopper's")
 
     @drawing(EXAMPLES, len(CASES), same_up_to=500)

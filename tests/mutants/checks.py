@@ -1,7 +1,8 @@
 """What a mutated copy of the package has to fail; imported where the copy is the package that is found.
 
 `main` begins with one check, goes on with all others for the same device, and names each before it starts, so that the
-last name is what killed a process that crashed. Every input ends at a page that cannot be read.
+last name is what killed a process that crashed. Every input ends at a page that cannot be read. In the interpreter fp8
+is put right first, as for tests/interp.
 """
 
 import contextlib
@@ -18,13 +19,22 @@ from torch.nn import functional
 
 import moe_ops
 from moe_ops.arguments import Arguments
+from moe_ops.devices import describe
+from moe_ops.dispatch import make_plan
+from moe_ops.problem import make_problem
+from moe_ops.quantization import quantize_activations
 from moe_ops.testing import assert_correct, assert_exact, exact_inputs, override, poisoned_memory, random_inputs
 from moe_ops.tuning import TileConfig
 from tests.cases import option_case, run
+from tests.quantized import hard_rows, quantized_case
 
 _PROT_NONE = 0
 # Offsets of 2^30 elements: the third expert or token lies beyond int32.
 _FAR = 2**30
+# Two groups of 128 columns and more in either GEMM; the up half begins within a block.
+_GROUPS = {"hidden": 288, "intermediate": 160}
+# Without a sort: steps that are not full, in few and large programs.
+_QUANTIZED_TILE = TileConfig(1, 64, 64)
 
 
 def guarded(tensor: Tensor) -> Tensor:
@@ -37,8 +47,8 @@ def guarded(tensor: Tensor) -> Tensor:
     address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
     if ctypes.CDLL(None).mprotect(ctypes.c_void_p(address + end), ctypes.c_size_t(mmap.PAGESIZE), _PROT_NONE):
         raise OSError("mprotect failed")
-    copy = torch.frombuffer(memory, dtype=dense.dtype, count=dense.numel(), offset=end - dense.nbytes)
-    copy = copy.view(dense.shape).copy_(dense)
+    copy = torch.frombuffer(memory, dtype=torch.uint8, count=dense.nbytes, offset=end - dense.nbytes)
+    copy = copy.view(dense.dtype).view(dense.shape).copy_(dense)
     return copy.permute([order.index(dim) for dim in range(tensor.dim())])
 
 
@@ -138,6 +148,59 @@ def sort(launches: int) -> None:
                 assert torch.equal(mine, expected), f"{name} differs from its definition"
 
 
+def quantized(name: str, path: str, variant: str) -> None:
+    """A quantised call whose K has a short last step and a short last group in both GEMMs."""
+    sizes = {"num_tokens": 2} if variant == "direct" else {}
+    args = quantized_case(name, torch.float16, **_GROUPS, **sizes)
+    config = _QUANTIZED_TILE if variant == "direct" else None
+    with override(path=path, variant=variant, config=config), poisoned_memory():
+        assert_correct(run(edit_tensors(args, guarded)), args)
+
+
+def scales_that_are_nan(variant: str) -> None:
+    """A NaN among the e8m0 scales of w1: all of the result for the tokens of one expert.
+
+    All products that it scales are positive: an infinity in its place would stay one.
+    """
+    args = quantized_case("mxfp4", torch.float16)
+    expert = args.topk_ids[0, 0]
+    args.hidden_states = args.hidden_states.abs()
+    args.w1[expert, 3] = 0x22
+    args.w1_scale[expert, 3, 1] = 255
+    config = _QUANTIZED_TILE if variant == "direct" else None
+    with override(path="classic", variant=variant, config=config), poisoned_memory():
+        out = run(args)
+    assert out[0].isnan().all()
+    assert_correct(out, args)
+
+
+def rows_as_defined(name: str) -> None:
+    """The quantised rows of a call, hard ones too, against their definition bit for bit."""
+    from moe_ops.backends import quantize
+
+    args = quantized_case(name, torch.float32, num_tokens=8, **_GROUPS)
+    args.hidden_states = guarded(hard_rows(torch.float32, _GROUPS["hidden"]))
+    problem = make_problem(args)
+    with override(path="classic", variant="sorted"), poisoned_memory():
+        plan = make_plan(problem, describe(args.w1.device))
+        rows = quantize.empty_inputs(args, problem)
+        quantize.inputs(args, problem, plan, rows)
+    q, scale = quantize_activations(args.hidden_states, rows.values.dtype, problem.scheme.inputs)
+    assert torch.equal(rows.scale.T.nan_to_num(7), scale.nan_to_num(7)), "the scales differ"
+    assert torch.equal(rows.values.float().nan_to_num(7), q.float().nan_to_num(7)), "the rows differ"
+
+
+def blockscaled(name: str, **sizes) -> None:
+    """A format of blocks through the block-scaled kernel, with more tiles than its programs hold, five times over."""
+    sizes = {"num_tokens": 700, "hidden": 288, "intermediate": 160} | sizes
+    args = quantized_case(name, torch.bfloat16, "cuda", **sizes)
+    with override(path="tma", variant="blockscaled"), poisoned_memory():
+        out = run(args)
+        assert_correct(out, args)
+        for _ in range(5):
+            assert torch.equal(run(args), out)
+
+
 def pingpong(name: str, **sizes) -> None:
     """An option through the ping-pong kernel, with more tiles than a program can hold at once, five times over."""
     sizes = {"num_tokens": 700, "hidden": 264, "intermediate": 136} | sizes
@@ -156,11 +219,19 @@ SORTED_OPTIONS = [
     "router_weight_on_input", "swigluoai", "swigluoai_own_slope", "silu_clamped", "relu2_no_gate", "scaled",
 ]  # fmt: skip
 DIRECT_OPTIONS = ["plain", "hostile_ids_int64", "biases_interleaved", "routes_unsummed"]
+QUANTIZED_FORMATS = [
+    "fp8_block", "fp8_static_expert", "int8_channel", "int8_weights_zero_points", "int4", "int4_zero_points", "mxfp4",
+]  # fmt: skip
 PINGPONG = {
     "pingpong plain": partial(pingpong, "plain"),
     "pingpong biases_interleaved": partial(pingpong, "biases_interleaved"),
     "pingpong n_major": partial(pingpong, "n_major"),
     "pingpong many K steps": partial(pingpong, "plain", num_tokens=3000, hidden=1032, intermediate=1096),
+}
+BLOCKSCALED = {
+    "blockscaled fp8_block": partial(blockscaled, "fp8_block"),
+    "blockscaled fp8_block_given": partial(blockscaled, "fp8_block_given", routing="zipf"),
+    "blockscaled many K steps": partial(blockscaled, "fp8_block", num_tokens=3000, hidden=1040, intermediate=1104),
 }
 CHECKS = {
     "sort in one launch": partial(sort, 1),
@@ -174,6 +245,11 @@ CHECKS = {
         for check in (more_slots_than_a_step, exact, nothing_beside_the_result, offsets_beyond_int32)
         for variant in ("sorted", "direct")
     },
+    **{f"classic {name}": partial(quantized, name, "classic", "sorted") for name in QUANTIZED_FORMATS},
+    **{f"tma {name}": partial(quantized, name, "tma", "sorted") for name in ("fp8_block", "int4_zero_points")},
+    **{f"direct {name}": partial(quantized, name, "classic", "direct") for name in ("fp8_block_given", "int4")},
+    **{f"scales that are nan, {variant}": partial(scales_that_are_nan, variant) for variant in ("sorted", "direct")},
+    **{f"rows of {name}": partial(rows_as_defined, name) for name in ("fp8_channel", "fp8_block", "int8_channel")},
 }
 
 
@@ -181,7 +257,11 @@ def main(first: str) -> None:
     """Runs all checks of a kind, `first` first; the first that fails ends the process."""
     copy = Path(moe_ops.__file__).resolve().parent.parent
     assert copy == Path.cwd().resolve(), f"moe_ops is that of {copy}, not the copy"
-    checks = PINGPONG if first in PINGPONG else CHECKS
+    (checks,) = (kind for kind in (CHECKS, PINGPONG, BLOCKSCALED) if first in kind)
+    if checks is CHECKS:
+        from tests.interp.mended import mend
+
+        mend()
     for name in sorted(checks, key=lambda name: name != first):
         print(name, flush=True)
         checks[name]()

@@ -14,14 +14,20 @@ from torch import Tensor
 
 from moe_ops import reference
 from moe_ops.arguments import Arguments
-from moe_ops.reference import local_experts, split_gate_up
+from moe_ops.problem import make_problem
+from moe_ops.quantization import dequantize_activations, quantize_activations
+from moe_ops.reference import expert_weight, local_experts, split_gate_up
 from moe_ops.testing import assert_correct, assert_exact, emulate, emulator, exact_inputs, random_inputs
 from tests.cases import OPTIONS, option_case
+from tests.quantized import FORMATS, quantized_case
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 EXACT, MAPPED = "exact integers", "expert_map"
 INPUTS = [(name, dtype) for dtype in DTYPES for name in (*OPTIONS, EXACT, MAPPED)]
+QUANTIZED_INPUTS = [(name, dtype) for dtype in DTYPES for name in FORMATS]
 _SIZES = {"num_tokens": 21, "hidden": 72, "intermediate": 40, "experts": 5, "top_k": 3}
+# Two groups of 128 columns and more in either GEMM.
+_GROUPS = {"hidden": 288, "intermediate": 160}
 
 
 @functools.cache
@@ -31,6 +37,8 @@ def inputs(name: str, dtype: torch.dtype) -> Arguments:
         return exact_inputs(dtype=dtype, **_SIZES)
     if name == MAPPED:
         return random_inputs(dtype=dtype, expert_map=torch.tensor([3, -1, 0, 2, 1], dtype=torch.int32), **_SIZES)
+    if name in FORMATS:
+        return quantized_case(name, dtype, **_GROUPS)
     return option_case(name, dtype)
 
 
@@ -72,6 +80,7 @@ class Wrong:
         inside: (module, name, the function that takes its place).
         result: (emulator, call) -> the wrong result.
         dtypes: where the mistake is larger than the declared roundings.
+        inputs: the calls that it is judged by.
     """
 
     name: str
@@ -80,6 +89,7 @@ class Wrong:
     inside: tuple[tuple[object, str, Callable], ...] = ()
     result: Callable[[Callable[[Arguments], Tensor], Arguments], Tensor] = _plainly
     dtypes: tuple[torch.dtype, ...] = DTYPES
+    inputs: tuple[tuple[str, torch.dtype], ...] = tuple(INPUTS)
 
     def __str__(self) -> str:
         return self.name
@@ -90,14 +100,14 @@ class Wrong:
             for patch in self.inside:
                 stack.enter_context(mock.patch.object(*patch))
             out = self.result(emulate, replace(args, **self.edit(args)))
-        if out.dtype != (args.out_dtype or args.hidden_states.dtype):
+        if out.dtype != make_problem(args).out_dtype:
             raise TypeError(f"{self.name} returns {out.dtype}, which the rule would reject whatever the values")
         return out
 
 
 def kills(wrong: Wrong) -> list[tuple[str, torch.dtype]]:
     """The inputs with which the rule rejects a wrong emulator."""
-    return [key for key in INPUTS if not passes(wrong(inputs(*key)), *key)]
+    return [key for key in wrong.inputs if not passes(wrong(inputs(*key)), *key)]
 
 
 def _zeroed(tensor: Tensor, *index) -> Tensor:
@@ -187,7 +197,72 @@ def _replaced(**values) -> Callable[[Arguments], dict]:
     return lambda args: values
 
 
+def _up_scales_a_block_late(args: Arguments, problem, which: str, expert: int, dtype: torch.dtype) -> Tensor:
+    """Blocks of the up half counted from its own first row, as if it began with a block."""
+    right = expert_weight(args, problem, which, expert, dtype)
+    if which != "w1" or args.block_shape != (128, 128):
+        return right
+    half, late = problem.intermediate_size, replace(args, w1_scale=args.w1_scale.roll(-1, 1))
+    return torch.cat([right[:half], expert_weight(late, problem, which, expert, dtype)[half:]])
+
+
+def _rounded_otherwise(of_act: bool, scales: Callable[[Tensor], Tensor], given: bool = False) -> tuple:
+    """Rows that are multiplied with other scales than they were divided by: those of the inputs, or of the activation;
+    where the op makes them, or where they are given."""
+
+    def quantized(x: Tensor, scheme, granularity: str, scale: Tensor | None, wide: torch.dtype) -> Tensor:
+        mine = (x.shape[1] == _GROUPS["intermediate"]) == of_act and (scale is not None) == given
+        q, scale = quantize_activations(x, scheme.row_dtype, granularity, scale)
+        return dequantize_activations(q, scales(scale) if mine else scale, wide)
+
+    return ((emulator, "_quantized", quantized),)
+
+
+def _a2_scale_of_expert_0(right, args: Arguments) -> Tensor:
+    with contextlib.ExitStack() as stack:
+        for patch in _rounded_otherwise(True, lambda scale: args.a2_scale[0], given=True):
+            stack.enter_context(mock.patch.object(*patch))
+        return right(args)
+
+
+def _rolled(name: str, steps: int, dim: int, dims: int) -> Callable[[Arguments], dict]:
+    """An argument of so many dimensions, shifted."""
+
+    def edit(args: Arguments) -> dict:
+        tensor = getattr(args, name)
+        return {name: tensor.roll(steps, dim)} if tensor is not None and tensor.ndim == dims else {}
+
+    return edit
+
+
+def _nibbles_swapped(args: Arguments) -> dict:
+    if args.quantization not in ("int4_w4a16", "mxfp4_w4a16"):
+        return {}
+    return {name: getattr(args, name) >> 4 | getattr(args, name) << 4 for name in ("w1", "w2")}
+
+
+def _zero_points_ignored(args: Arguments) -> dict:
+    return {"w1_zero_point": None, "w2_zero_point": None}
+
+
+def _zero_points_packed_high_first(args: Arguments) -> dict:
+    if args.quantization != "int4_w4a16" or args.w1_zero_point is None:
+        return {}
+    return {"w1_zero_point": args.w1_zero_point >> 4 | args.w1_zero_point << 4}
+
+
+def _gate_and_up_scales_swapped(args: Arguments) -> dict:
+    """Where every row has a scale."""
+    scale = args.w1_scale
+    return {"w1_scale": scale.roll(scale.shape[1] // 2, 1)} if scale.ndim > 1 and not _in_blocks(args) else {}
+
+
+def _in_blocks(args: Arguments) -> bool:
+    return args.block_shape == (128, 128)
+
+
 _right_matmul, _right_activate = emulator._matmul, emulator.activate
+_quantized = functools.partial(Wrong, inputs=tuple(QUANTIZED_INPUTS))
 
 # fmt: off
 WRONG = [
@@ -241,5 +316,27 @@ WRONG = [
     Wrong("expert_map_ignored", "global ids taken for local ones", _replaced(expert_map=None)),
     Wrong("duplicates_once", "an expert that a token names twice counts once", _duplicates_once),
     Wrong("transposed_inverse", "routes taken as [top_k, M]", result=_transposed_inverse),
+    _quantized("gate_and_up_scales_swapped", "scales of w1's rows in the other order of halves",
+               _gate_and_up_scales_swapped),
+    _quantized("scales_of_the_next_expert", "scales of w1 shifted by an expert",
+               lambda args: {"w1_scale": args.w1_scale.roll(1, 0)}),
+    _quantized("scales_of_the_next_group", "scales of w2 shifted by a group of columns", _rolled("w2_scale", 1, 2, 3)),
+    _quantized("up_scales_a_block_late", "scale row of a block that gate and up share: off by one in the up half",
+               inside=((emulator, "expert_weight", _up_scales_a_block_late),)),
+    _quantized("inputs_by_the_next_token", "hidden states by a neighbour's scale", _rolled("a1_scale", 1, 0, 2),
+               inside=_rounded_otherwise(False, lambda scale: scale.roll(1, 0))),
+    _quantized("act_by_the_next_row", "the activation by a neighbour's scale",
+               inside=_rounded_otherwise(True, lambda scale: scale.roll(1, 0))),
+    _quantized("act_by_the_next_group", "the activation by the scale of the next 128 columns",
+               inside=_rounded_otherwise(True, lambda scale: scale.roll(1, 1))),
+    _quantized("a2_scale_once", "divided by the static scale, and not multiplied with it",
+               inside=_rounded_otherwise(True, torch.ones_like, given=True)),
+    _quantized("a2_scale_of_expert_0", "divided by the expert's scale, multiplied with expert 0's",
+               result=_a2_scale_of_expert_0),
+    _quantized("nibbles_swapped", "the odd column in the low nibble", _nibbles_swapped),
+    _quantized("zero_points_ignored", "zero points", _zero_points_ignored),
+    _quantized("zero_points_swapped", "the odd row's zero point in the low nibble", _zero_points_packed_high_first),
+    _quantized("e8m0_off_by_one", "a bias of 126 for 127",
+               lambda args: {"w2_scale": args.w2_scale + 1} if args.quantization == "mxfp4_w4a16" else {}),
 ]
 # fmt: on

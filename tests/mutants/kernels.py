@@ -143,7 +143,7 @@ MUTATIONS = [
         "mask=row_mask[:, None], other", "tail of K unmasked in the rows", "classic plain",
     ),
     Mutation(
-        "weights_past_k", "grouped_gemm", "mask=(k + k_offsets < K)[:, None] & w_mask[None, :]",
+        "weights_past_k", "grouped_gemm", "mask=(stored + stored_offsets < stored_k)[:, None] & w_mask[None, :]",
         "mask=w_mask[None, :]", "tail of K unmasked in the weights", "classic plain",
     ),
     Mutation(
@@ -172,8 +172,8 @@ MUTATIONS = [
         "row_mask = routes <= num_routes\n    x_ptrs", "padding rows read the token past the last", "classic plain",
     ),
     Mutation(
-        "interleaved_rows_halved", "grouped_gemm", "N = 2 * I if INTERLEAVED else I\n    acc",
-        "N = I\n    acc", "interleaved weights end at half their rows", "classic biases_interleaved",
+        "interleaved_rows_halved", "grouped_gemm", "N = 2 * I if INTERLEAVED else I\n    x_scale",
+        "N = I\n    x_scale", "interleaved weights end at half their rows", "classic biases_interleaved",
     ),
     Mutation(
         "tma_halves_one_block", "grouped_gemm", "w_desc.load([expert, 0, n, k])", "w_desc.load([expert, 0, 0, k])",
@@ -200,7 +200,7 @@ MUTATIONS = [
         "direct plain",
     ),
     Mutation(
-        "gemv_vector_past_k", "gemv", "mask=v_mask & (k < K)", "mask=v_mask", "the vector is read past K",
+        "gemv_vector_past_k", "gemv", "stride_vg, False)", "stride_vg, True)", "the vector is read past K",
         "direct plain",
     ),
     Mutation(
@@ -283,6 +283,123 @@ MUTATIONS = [
         "classic swigluoai_own_slope",
     ),
     Mutation("relu_not_squared", "activation", "y = y * y", "y = y", "relu2's square", "classic relu2_no_gate"),
+    Mutation(
+        "nibbles_swapped", "dequantize", "tl.join(nibble_values(q & 15, FORMAT), nibble_values(q >> 4, FORMAT))",
+        "tl.join(nibble_values(q >> 4, FORMAT), nibble_values(q & 15, FORMAT))", "the odd column in the low nibble",
+        "classic int4",
+    ),
+    Mutation(
+        "e2m1_sign_lost", "dequantize", "((q & 8) << 28) | ", "", "weights of e2m1 without their sign", "classic mxfp4",
+    ),
+    Mutation(
+        "e8m0_nan_dropped", "dequantize", "tl.where(e == _E8M0_NAN, float(\"nan\"), power)", "power",
+        "a scale that is NaN becomes infinity", "scales that are nan, sorted",
+    ),
+    Mutation(
+        "int4_zero_off_by_one", "dequantize", "_INT4_ZERO = tl.constexpr(8.0)", "_INT4_ZERO = tl.constexpr(7.0)",
+        "weights without zero points stand around 7", "classic int4",
+    ),
+    Mutation(
+        "int8_zero_off_by_one", "dequantize", "_INT8_ZERO = tl.constexpr(128.0)", "_INT8_ZERO = tl.constexpr(127.0)",
+        "zero points stand around 127", "classic int8_weights_zero_points",
+    ),
+    Mutation(
+        "zero_row_not_packed", "dequantize", "        return rows // 2\n", "        return rows\n",
+        "zero points of twice the row", "classic int4_zero_points",
+    ),
+    Mutation(
+        "zero_nibble_of_the_neighbour", "dequantize", "(4 * (rows & 1))", "(4 * (1 - (rows & 1)))",
+        "zero points of the other row of a pair", "classic int4_zero_points",
+    ),
+    Mutation(
+        "scale_row_of_a_smaller_block", "dequantize", "rows // SCALE_ROWS", "rows // (SCALE_ROWS + 32)",
+        "rows of a weight by the scale of the block before", "classic fp8_block",
+    ),
+    Mutation(
+        "scale_of_expert_0", "grouped_gemm", "row_ptrs(scale_ptr, expert, ", "row_ptrs(scale_ptr, expert * 0, ",
+        "every expert by the scales of expert 0", "classic int8_channel",
+    ),
+    Mutation(
+        "scale_row_of_the_gate", "grouped_gemm", "scale_rows(w_rows, SCALE_ROWS)",
+        "scale_rows(n + tl.arange(0, COLUMNS) % BLOCK_N, SCALE_ROWS)", "up rows by the scales of their gate rows",
+        "classic int8_channel",
+    ),
+    Mutation(
+        "zero_row_of_the_gate", "grouped_gemm", "zero_rows(w_rows, FORMAT)",
+        "zero_rows(n + tl.arange(0, COLUMNS) % BLOCK_N, FORMAT)", "up rows with the zero points of their gate rows",
+        "classic int4_zero_points",
+    ),
+    Mutation(
+        "groups_of_the_first_step", "grouped_gemm", "group = k // SCALE_COLUMNS + tl.arange", "group = tl.arange",
+        "every step by the scales of the first", "classic int4",
+    ),
+    Mutation(
+        "groups_past_k", "grouped_gemm", "mask[:, None] & (group * SCALE_COLUMNS < K)", "mask[:, None]",
+        "scales of groups past the last are read", "classic mxfp4",
+    ),
+    Mutation(
+        "block_of_the_first_step", "grouped_gemm", "k // SCALE_COLUMNS, tl.int64", "0 // SCALE_COLUMNS, tl.int64",
+        "every step by the block scales of the first", "classic fp8_block",
+    ),
+    Mutation(
+        "row_scale_of_the_first_step", "grouped_gemm", "k // 128", "0 * k",
+        "every step by the rows' scales of the first", "classic fp8_block",
+    ),
+    Mutation(
+        "row_scale_forgotten", "grouped_gemm", "acc *= tl.load(a_scale_ptrs", "acc += 0 * tl.load(a_scale_ptrs",
+        "rows without their scales", "classic int8_channel",
+    ),
+    Mutation(
+        "row_scale_of_the_route", "grouped_gemm", "expert, routes // top_k, stride_xse", "expert, routes, stride_xse",
+        "hidden states by the scale of another token", "classic int8_channel",
+    ),
+    Mutation(
+        "packed_step_twice_as_long", "grouped_gemm", "stored = k // 2 if PACKED else k", "stored = k",
+        "a step of packed weights skips as many", "classic int4",
+    ),
+    Mutation(
+        "nan_row_scaled", "quantize", "tl.where(tl.max((y != y).to(tl.int32), 1) > 0, float(\"nan\"), scale)", "scale",
+        "a row with a NaN has a scale that is none", "rows of int8_channel",
+    ),
+    Mutation(
+        "zeros_divided_by_zero", "quantize", "tl.maximum(tl.div_rn(largest, LARGEST), _FLOAT_TINY)",
+        "tl.div_rn(largest, LARGEST)", "a row of zeros has a scale of 0", "rows of fp8_channel",
+    ),
+    Mutation(
+        "int8_not_saturated", "quantize", "tl.where(q > LARGEST, LARGEST, tl.where(q < -LARGEST, -LARGEST, q))", "q",
+        "infinity as whatever the conversion makes of it", "rows of int8_channel",
+    ),
+    Mutation(
+        "int8_truncated", "quantize", "(q + _ROUND) - _ROUND", "q", "rounded towards zero", "rows of int8_channel",
+    ),
+    Mutation(
+        "last_group_unmasked", "quantize", "kept[:, None] & (columns < K)", "kept[:, None]",
+        "a short last group is read and written beyond its row", "rows of fp8_block",
+    ),
+    Mutation(
+        "last_group_left_out", "quantize", "kept[:, None] & (columns < K)",
+        "kept[:, None] & (columns < K // WIDTH * WIDTH)", "a short last group counts as zeros", "rows of fp8_block",
+    ),
+    Mutation(
+        "scale_of_group_0_stored", "quantize", "scale_ptr + row * stride_sm + group * stride_sg",
+        "scale_ptr + row * stride_sm", "groups' scales overwrite each other", "rows of fp8_block",
+    ),
+    Mutation(
+        "given_scale_of_expert_0", "quantize", "given_ptr + expert.to(tl.int64) * stride_ge", "given_ptr + 0 * expert",
+        "the activation of every expert by the scale of expert 0", "classic fp8_static_expert",
+    ),
+    Mutation(
+        "gemv_group_of_stored_columns", "gemv", "* VECTOR) * COLUMNS // SCALE_COLUMNS", "* VECTOR) // SCALE_COLUMNS",
+        "groups counted in bytes, with two columns each", "direct int4",
+    ),
+    Mutation(
+        "gemv_zero_forgotten", "gemv", "part -= no_zero(FORMAT) * tl.sum", "part -= 0 * tl.sum",
+        "weights without zero points stand around 0", "direct int4",
+    ),
+    Mutation(
+        "gemv_input_scale_of_group_0", "gemv", "k // 128", "0 * k", "hidden states by the scales of their first group",
+        "direct fp8_block_given",
+    ),
 ]
 
 # For Hopper. A mistake in the barriers may hang, give wrong numbers, or both in turns.
@@ -344,6 +461,30 @@ GPU_MUTATIONS = [
     Mutation(
         "bias_past_n", "pingpong", "mask=columns < N, other=0.0", "mask=columns < N - 1, other=0.0",
         "the last column has no bias", "pingpong biases_interleaved",
+    ),
+    Mutation(
+        "blockscaled_weights_empty_parity", "blockscaled",
+        "mbarrier.wait(empty.index(FIRST + stage), phase)\n                    bar",
+        "mbarrier.wait(empty.index(FIRST + stage), phase ^ 1)\n                    bar",
+        "the weights wait for a pass that nobody has begun", "blockscaled fp8_block",
+    ),
+    Mutation(
+        "blockscaled_rows_full_parity", "blockscaled",
+        "mbarrier.wait(rows_full.index(ROWS_FIRST + a), a_phase, pred=more & (half == 1))",
+        "mbarrier.wait(rows_full.index(ROWS_FIRST + a), a_phase ^ 1, pred=more & (half == 1))",
+        "rows are multiplied before they are there", "blockscaled many K steps",
+    ),
+    Mutation(
+        "blockscaled_promotion_lost", "blockscaled", "acc0 += partial * (row_scale * scale0)",
+        "acc0 = partial * (row_scale * scale0)", "only the last 128 columns count", "blockscaled fp8_block",
+    ),
+    Mutation(
+        "blockscaled_scale_of_the_other_half", "blockscaled", "factor = (row_scale * scale1)[:, None]",
+        "factor = (row_scale * scale0)[:, None]", "the up half by the scale of the gate's", "blockscaled fp8_block",
+    ),
+    Mutation(
+        "blockscaled_cut_ignored", "blockscaled", "gl.where(before_cut, factor, (row_scale * scale2)[:, None])",
+        "factor", "the up half by the scale of the block that it begins in", "blockscaled fp8_block",
     ),
 ]
 # fmt: on

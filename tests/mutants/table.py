@@ -20,7 +20,7 @@ def emulator_rows() -> Iterable[tuple[str, ...]]:
     """(mutant, what it breaks, kills per dtype) of the wrong emulators."""
     for wrong in emulators.WRONG:
         kills = emulators.kills(wrong)
-        total = len(emulators.INPUTS) // len(emulators.DTYPES)
+        total = len(wrong.inputs) // len(emulators.DTYPES)
         counts = (sum(dtype == d for _, dtype in kills) for d in emulators.DTYPES)
         examples = ", ".join(dict.fromkeys(name for name, _ in kills))
         first = examples if len(examples) < 60 else examples[: examples.rindex(",", 0, 60)] + ", ..."

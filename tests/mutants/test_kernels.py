@@ -1,4 +1,4 @@
-"""The checks kill every mutation of the kernels, in the interpreter and, for the ping-pong kernel, on a GPU.
+"""The checks kill every mutation of the kernels, in the interpreter and, for the kernels in Gluon, on a GPU.
 
 Each mutated copy of the package is checked in a process of its own, whose crash or hang counts as well.
 """
@@ -57,7 +57,11 @@ def outcomes(request, tmp_path_factory) -> Iterator[Callable[[Mutation | None], 
 
 @pytest.mark.parametrize("mutation", [None, *MUTATIONS], ids=name)
 def test_interpreter_kills(mutation, outcomes):
-    outcome = outcomes(mutation)
+    judged(outcomes(mutation), mutation)
+
+
+def judged(outcome: Outcome, mutation: Mutation | None) -> None:
+    """A mutant must be killed; the copy that is none must not."""
     assert outcome.killed == (mutation is not None), f"{outcome}\n{outcome.output}"
     # A copy that cannot even be imported says nothing about the checks.
     assert outcome.check
@@ -67,7 +71,8 @@ def test_interpreter_kills(mutation, outcomes):
 @pytest.mark.skipif(not HOPPER, reason="wgmma is Hopper's")
 @pytest.mark.parametrize("mutation", [None, *GPU_MUTATIONS], ids=name)
 def test_gpu_kills(mutation, tmp_path):
+    # The copy that is not mutated passes the checks of either kernel.
+    firsts = [mutation.first] if mutation else ["pingpong plain", "blockscaled fp8_block"]
     with judges(1, interpret=False) as judge:
-        outcome = judge(tmp_path / "copy", mutation, mutation.first if mutation else "pingpong plain").result()
-    assert outcome.killed == (mutation is not None), f"{outcome}\n{outcome.output}"
-    assert outcome.check
+        for first in firsts:
+            judged(judge(tmp_path / first.replace(" ", "_"), mutation, first).result(), mutation)

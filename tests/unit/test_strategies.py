@@ -5,27 +5,30 @@ import functools
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from moe_ops.activations import ACTIVATIONS
 from moe_ops.dispatch import tma_obstacle
 from moe_ops.problem import make_problem
+from moe_ops.quantization.scheme import FORMATS
 from moe_ops.testing import ROUTINGS, strategies
-from moe_ops.testing.strategies import LAYOUTS, Call, assert_result, build, calls
+from moe_ops.testing.strategies import LAYOUTS, Call, assert_result, build, calls, formats
 from tests.cases import run
 from tests.unit.test_dispatch import INTERPRETER
 
 EXAMPLES = settings(
     max_examples=50, derandomize=True, database=None, deadline=None, suppress_health_check=list(HealthCheck)
 )
+HALF = (torch.bfloat16, torch.float16)
 
 
 def same(one, other) -> bool:
     pairs = zip(one.tensors().values(), other.tensors().values(), strict=True)
-    return all(torch.equal(a.nan_to_num(7), b.nan_to_num(7)) for a, b in pairs)
+    return all(torch.equal(a.double().nan_to_num(7), b.double().nan_to_num(7)) for a, b in pairs)
 
 
 @EXAMPLES
-@given(calls())
+@given(st.one_of(calls(), calls(quantized=formats()), calls(dtypes=HALF, quantized=formats())))
 def test_calls_are_right_and_repeatable(call):
     again = eval(repr(call), {"Call": Call, "torch": torch})
     assert again == call
@@ -46,6 +49,14 @@ def test_calls_for_the_classic_path_run(call):
     args = build(call)
     assert args.w1.dtype == torch.bfloat16
     assert not run(args).isnan().any()
+
+
+@EXAMPLES
+@given(calls(tma=False, dtypes=HALF, quantized=formats()))
+def test_quantized_calls_for_the_classic_path_run(call):
+    args = build(call)
+    assert args.quantization == call.quantized["quantization"]
+    assert_result(run(args, path="reference"), args)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -126,6 +137,47 @@ def test_every_kind_is_drawn(name):
     assert any(map(WANTED[name], drawn()))
 
 
+QUANTIZED = {
+    **{name: lambda call, name=name: call.quantized["quantization"] == name for name in FORMATS[1:]},
+    **{
+        name: lambda call, name=name: name in call.quantized
+        for name in ("granularity", "block_shape", "zero_points", "weight_dtype", "scale_dtype", "inputs_given")
+    },
+    "e8m0": lambda call: call.quantized.get("scale_dtype") == torch.float8_e8m0fnu,
+    "a scale per expert": lambda call: call.quantized.get("static") == "expert",
+    "one scale for all inputs": lambda call: call.quantized.get("inputs_given") == "tensor",
+    "a scale per row": lambda call: "block_shape" not in call.quantized,
+    "a block in gate and up": lambda call: (
+        call.quantized.get("block_shape") == (128, 128) and call.intermediate > 128 and call.intermediate % 128 > 0
+    ),
+    "short groups": lambda call: call.hidden % 32 > 0 and call.quantized["quantization"] == "int4_w4a16",
+    **{
+        f"layout of {name}": lambda call, name=name: name in call.layouts
+        for name in ("w1_scale", "w2_scale", "w1_zero_point", "w2_zero_point", "a1_scale", "a2_scale")
+    },
+}
+
+
+@functools.cache
+def drawn_quantized() -> list[Call]:
+    return drawn(tma=False, max_size=288, quantized=formats())
+
+
+@pytest.mark.parametrize("name", QUANTIZED)
+def test_every_format_is_drawn(name):
+    assert any(map(QUANTIZED[name], drawn_quantized()))
+
+
+@EXAMPLES
+@given(formats(("fp8_w8a8",), blocks=False), formats(("int8_w8a8",), blocks=True))
+def test_formats_can_be_chosen(rows, blocks):
+    assert (rows["quantization"], blocks["quantization"]) == ("fp8_w8a8", "int8_w8a8")
+    assert "block_shape" not in rows and "block_shape" in blocks
+
+
 def test_any_size_without_tma():
+    assert any(call.hidden % 2 for call in drawn_quantized())
+    packed = [call for call in drawn_quantized() if "4a16" in call.quantized["quantization"]]
+    assert not any(call.hidden % 2 or call.intermediate % 2 for call in packed)
     assert any(call.hidden % 8 and call.intermediate % 2 for call in drawn(tma=False))
     assert not any(call.hidden % 8 or call.intermediate % 8 for call in drawn())
