@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from tests.mutants import emulators, kernels
+from tests.mutants.mutations import GPU_MUTATIONS, MUTATIONS, Mutation
 
 DOCS = kernels.ROOT / "docs" / "testing.md"
 
@@ -27,12 +28,12 @@ def emulator_rows() -> Iterable[tuple[str, ...]]:
         yield (f"`{wrong.name}`", wrong.breaks, *(f"{count} of {total}" for count in counts), first)
 
 
-def described(mutation: kernels.Mutation, outcome: str) -> tuple[str, ...]:
+def described(mutation: Mutation, outcome: str) -> tuple[str, ...]:
     """The row of a mutated kernel."""
     return f"`{mutation.name}`", f"`{mutation.file}.py`", mutation.breaks, outcome
 
 
-def kernel_rows(mutations: Iterable[kernels.Mutation], *, interpret: bool) -> Iterable[tuple[str, ...]]:
+def kernel_rows(mutations: Iterable[Mutation], *, interpret: bool) -> Iterable[tuple[str, ...]]:
     """(mutant, file, what it breaks, who killed it) of mutated kernels; on a GPU most of them wait for a deadline."""
     with tempfile.TemporaryDirectory() as folder, kernels.judges(2 if interpret else 6, interpret=interpret) as judge:
         futures = [(m, judge(Path(folder) / m.name, m, m.first)) for m in mutations]
@@ -57,12 +58,12 @@ def main() -> int:
     header = "| mutant | what it breaks | fp32 | bf16 | fp16 | rejected by |"
     text = replace_table(text, "emulators", header, emulator_rows())
     header = "| mutant | file | what it breaks | killed by |"
-    text = replace_table(text, "kernels", header, kernel_rows(kernels.MUTATIONS, interpret=True))
+    text = replace_table(text, "kernels", header, kernel_rows(MUTATIONS, interpret=True))
     if torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9:
-        rows = kernel_rows(kernels.GPU_MUTATIONS, interpret=False)
+        rows = kernel_rows(GPU_MUTATIONS, interpret=False)
     else:
         recorded = dict(re.findall(r"^\| `(\w+)` .*\| ([^|]*) \|$", text, re.MULTILINE))
-        rows = (described(mutation, recorded.get(mutation.name, "not run")) for mutation in kernels.GPU_MUTATIONS)
+        rows = (described(mutation, recorded.get(mutation.name, "not run")) for mutation in GPU_MUTATIONS)
     text = replace_table(text, "gpu", header, rows)
     DOCS.write_text(text)
     living = [line for line in text.splitlines() if ": lives |" in line or line.count("| 0 of") == 3]

@@ -5,7 +5,8 @@ import re
 import pytest
 
 from tests.mutants.emulators import WRONG
-from tests.mutants.kernels import GPU_MUTATIONS, MUTATIONS, ROOT
+from tests.mutants.kernels import ROOT
+from tests.mutants.mutations import GPU_MUTATIONS, MUTATIONS
 
 TEXT = (ROOT / "docs" / "testing.md").read_text()
 NAMED = sorted(set(re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", TEXT)))

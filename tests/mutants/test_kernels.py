@@ -12,7 +12,8 @@ from concurrent.futures import Future
 import pytest
 import torch
 
-from tests.mutants.kernels import GPU_MUTATIONS, MUTATIONS, ROOT, Mutation, Outcome, copy_package, judges
+from tests.mutants.kernels import ROOT, Outcome, copy_package, judges
+from tests.mutants.mutations import GPU_MUTATIONS, MUTATIONS, Mutation
 
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
 ALL = [*MUTATIONS, *GPU_MUTATIONS]

@@ -1,0 +1,389 @@
+"""Mutations of the kernels' sources: one small mistake each, of the kind that kernels have had."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """A mistake: `old`, which stands in moe_ops/kernels/`file` once, becomes `new`.
+
+    Attributes:
+        name: of the mutant.
+        file: under moe_ops/kernels, without .py.
+        old: the exact source text.
+        new: what takes its place.
+        breaks: what is wrong then.
+        first: the check of `checks` to begin with; the others follow if it lets the mutant live.
+    """
+
+    name: str
+    file: str
+    old: str
+    new: str
+    breaks: str
+    first: str
+
+    def apply(self, package: Path) -> str:
+        """Edits the copy of the package; returns the mutated source."""
+        path = package / "kernels" / f"{self.file}.py"
+        source = path.read_text()
+        if source.count(self.old) != 1:
+            raise ValueError(f"{self.name}: {self.old!r} stands {source.count(self.old)} times in {self.file}.py")
+        mutated = source.replace(self.old, self.new)
+        path.write_text(mutated)
+        return mutated
+
+
+# fmt: off
+MUTATIONS = [
+    Mutation(
+        "rows_past_k", "grouped_gemm", "mask=row_mask[:, None] & (k + k_offsets < K)[None, :], other",
+        "mask=row_mask[:, None], other", "tail of K unmasked in the rows", "classic plain",
+    ),
+    Mutation(
+        "weights_past_k", "grouped_gemm", "mask=(stored + stored_offsets < stored_k)[:, None] & w_mask[None, :]",
+        "mask=w_mask[None, :]", "tail of K unmasked in the weights", "classic plain",
+    ),
+    Mutation(
+        "k_tail_skipped", "grouped_gemm", "for k in range(0, K, BLOCK_K):",
+        "for k in range(0, K - BLOCK_K + 1, BLOCK_K):", "a last step that is not full is not run", "classic plain",
+    ),
+    Mutation(
+        "expert_without_offset", "grouped_gemm", "w_ptrs = w_ptr + expert.to(tl.int64) * stride_we + w_rows",
+        "w_ptrs = w_ptr + w_rows", "every expert multiplies with expert 0", "classic plain",
+    ),
+    Mutation(
+        "expert_offset_int32", "grouped_gemm", "w_ptr + expert.to(tl.int64) * stride_we", "w_ptr + expert * stride_we",
+        "offset of an expert beyond 2^31 elements wraps", "offsets beyond int32, sorted",
+    ),
+    Mutation(
+        "token_offset_int32", "grouped_gemm", "x_ptr + (routes // top_k).to(tl.int64)[:, None] * stride_xm",
+        "x_ptr + (routes // top_k)[:, None] * stride_xm", "offset of a token beyond 2^31 elements wraps",
+        "offsets beyond int32, sorted",
+    ),
+    Mutation(
+        "weight_strides_swapped", "grouped_gemm", "w_rows.to(tl.int64)[None, :] * stride_wn",
+        "w_rows.to(tl.int64)[None, :] * stride_wk", "rows of weights by the stride of K", "classic plain",
+    ),
+    Mutation(
+        "padding_row_gathered", "grouped_gemm", "row_mask = routes < num_routes\n    x_ptrs",
+        "row_mask = routes <= num_routes\n    x_ptrs", "padding rows read the token past the last", "classic plain",
+    ),
+    Mutation(
+        "interleaved_rows_halved", "grouped_gemm", "N = 2 * I if INTERLEAVED else I\n    x_scale",
+        "N = I\n    x_scale", "interleaved weights end at half their rows", "classic biases_interleaved",
+    ),
+    Mutation(
+        "tma_halves_one_block", "grouped_gemm", "w_desc.load([expert, 0, n, k])", "w_desc.load([expert, 0, 0, k])",
+        "every column block loads the first", "tma tails_in_both_dimensions",
+    ),
+    Mutation(
+        "bias_of_expert_0", "grouped_gemm", "tl.load(bias_ptr + expert.to(tl.int64) * stride_be + b_rows",
+        "tl.load(bias_ptr + b_rows", "offset of the bias without the expert", "classic biases_interleaved",
+    ),
+    Mutation(
+        "last_column_not_stored", "grouped_gemm", "mask=row_mask[:, None] & (columns < H)[None, :]",
+        "mask=row_mask[:, None] & (columns < H - 1)[None, :]", "off by one in the mask of the store", "classic plain",
+    ),
+    Mutation(
+        "groups_overlap", "grouped_gemm", "first_m = (pid // width) * GROUP_M", "first_m = pid // width",
+        "row blocks of the second group are not visited", "row blocks in groups",
+    ),
+    Mutation(
+        "gate_row_too_many", "layout", "in_half < I", "in_half <= I", "one row past an expert's last is read",
+        "classic plain",
+    ),
+    Mutation(
+        "gemv_step_not_advanced", "gemv", "k += BLOCK_K", "k += 0", "every step multiplies the first columns",
+        "direct plain",
+    ),
+    Mutation(
+        "gemv_vector_past_k", "gemv", "stride_vg, False)", "stride_vg, True)", "the vector is read past K",
+        "direct plain",
+    ),
+    Mutation(
+        "gemv_first_step_unmasked", "gemv", "mask=v_mask if EVEN_K else v_mask & (k < K)", "mask=v_mask",
+        "a first step larger than K is not masked", "direct plain",
+    ),
+    Mutation(
+        "gemv_expert_offset_int32", "gemv", "w_ptr + experts.to(tl.int64) * stride_we", "w_ptr + experts * stride_we",
+        "offset of an expert beyond 2^31 elements wraps", "offsets beyond int32, direct",
+    ),
+    Mutation(
+        "gemv_earlier_slots_lost", "gemv", "total += tl.sum(y", "total = tl.sum(y",
+        "only the last step of slots is summed", "more slots than a step, direct",
+    ),
+    Mutation(
+        "gemv_slot_past_top_k", "gemv", "mask=(slots < top_k) & (columns < H))", "mask=columns < H)",
+        "slots that are none are stored over the next token", "nothing beside the result, direct",
+    ),
+    Mutation(
+        "id_one_past_the_last", "route", "known = (ids >= 0) & (ids < num_ids)",
+        "known = (ids >= 0) & (ids <= num_ids)", "the expert map is read one past its end", "sort in one launch",
+    ),
+    Mutation(
+        "id_narrowed_first", "route", "ids = tl.load(ids_ptr + offsets, mask=mask, other=-1)",
+        "ids = tl.load(ids_ptr + offsets, mask=mask, other=-1).to(tl.int32)", "2^32 + 1 becomes expert 1",
+        "sort in one launch",
+    ),
+    Mutation(
+        "ties_reversed", "route", "(local[None, :] < local[:, None])", "(local[None, :] > local[:, None])",
+        "an expert's routes in reversed order within a chunk", "sort in three launches",
+    ),
+    Mutation(
+        "scan_inclusive", "route", "total + tl.cumsum(counts, 0) - counts", "total + tl.cumsum(counts, 0)",
+        "a chunk's routes start after themselves", "sort in three launches",
+    ),
+    Mutation(
+        "scan_forgets_steps", "route", "total += tl.sum(counts, 0)", "total = tl.sum(counts, 0)",
+        "chunks of earlier scan steps are not counted", "sort in three launches",
+    ),
+    Mutation(
+        "empty_expert_gets_a_block", "route", "(counts + BLOCK - 1) // BLOCK * BLOCK", "(counts // BLOCK + 1) * BLOCK",
+        "a full or empty expert is padded by a block too many", "sort in one launch",
+    ),
+    Mutation(
+        "inverse_off_by_one", "route",
+        "tl.sum(earlier.to(tl.int32), 1), -1)\n    tl.store(inverse_ptr + routes, rows, mask=mask)",
+        "tl.sum(earlier.to(tl.int32), 1), -1)\n    tl.store(inverse_ptr + routes, rows + 1, mask=mask)",
+        "the combine takes the row after", "sort in one launch",
+    ),
+    Mutation(
+        "block_past_the_last_alive", "route", "tl.where(alive, experts, -1)", "experts",
+        "row blocks that are not there have an expert", "sort in one launch",
+    ),
+    Mutation(
+        "last_slot_lost", "combine", "mask=k < top_k, other=-1", "mask=k < top_k - 1, other=-1",
+        "the last slot of a token contributes nothing", "classic plain",
+    ),
+    Mutation(
+        "dropped_weight_read", "combine", "mask=row >= 0, other=0.0)", "mask=k < top_k, other=0.0)",
+        "the NaN weight of a dropped route times 0", "classic hostile_ids_int32",
+    ),
+    Mutation(
+        "weight_of_token_0", "combine", "router_weights_ptr + route,", "router_weights_ptr + k,",
+        "all tokens take the first one's router weights", "classic plain",
+    ),
+    Mutation(
+        "unsummed_in_one_slot", "combine", "tl.store(out_ptrs + k.to(tl.int64) * stride_ok,", "tl.store(out_ptrs,",
+        "summands overwrite each other", "classic routes_unsummed",
+    ),
+    Mutation("factor_forgotten", "combine", "(total * factor)", "total", "routed_scaling_factor", "classic scaled"),
+    Mutation(
+        "up_plus_one_forgotten", "activation", "up = up + 1.0", "up = up", "swigluoai's up + 1", "classic swigluoai",
+    ),
+    Mutation(
+        "clamp_one_sided", "activation", "tl.where(up < -limit, -limit, up)", "up", "up is clamped from above only",
+        "classic silu_clamped",
+    ),
+    Mutation(
+        "alpha_ignored", "activation", "tl.exp(-alpha * x)", "tl.exp(-1.702 * x)", "swigluoai's own slope",
+        "classic swigluoai_own_slope",
+    ),
+    Mutation("relu_not_squared", "activation", "y = y * y", "y = y", "relu2's square", "classic relu2_no_gate"),
+    Mutation(
+        "nibbles_swapped", "dequantize", "tl.join(nibble_values(q & 15, FORMAT), nibble_values(q >> 4, FORMAT))",
+        "tl.join(nibble_values(q >> 4, FORMAT), nibble_values(q & 15, FORMAT))", "the odd column in the low nibble",
+        "classic int4",
+    ),
+    Mutation(
+        "e2m1_sign_lost", "dequantize", "((q & 8) << 28) | ", "", "weights of e2m1 without their sign", "classic mxfp4",
+    ),
+    Mutation(
+        "e8m0_nan_dropped", "dequantize", "tl.where(e == _E8M0_NAN, float(\"nan\"), power)", "power",
+        "a scale that is NaN becomes infinity", "scales that are nan, sorted",
+    ),
+    Mutation(
+        "int4_zero_off_by_one", "dequantize", "_INT4_ZERO = tl.constexpr(8.0)", "_INT4_ZERO = tl.constexpr(7.0)",
+        "weights without zero points stand around 7", "classic int4",
+    ),
+    Mutation(
+        "int8_zero_off_by_one", "dequantize", "_INT8_ZERO = tl.constexpr(128.0)", "_INT8_ZERO = tl.constexpr(127.0)",
+        "zero points stand around 127", "classic int8_weights_zero_points",
+    ),
+    Mutation(
+        "zero_row_not_packed", "dequantize", "        return rows // 2\n", "        return rows\n",
+        "zero points of twice the row", "classic int4_zero_points",
+    ),
+    Mutation(
+        "zero_nibble_of_the_neighbour", "dequantize", "(4 * (rows & 1))", "(4 * (1 - (rows & 1)))",
+        "zero points of the other row of a pair", "classic int4_zero_points",
+    ),
+    Mutation(
+        "scale_row_of_a_smaller_block", "dequantize", "rows // SCALE_ROWS", "rows // (SCALE_ROWS + 32)",
+        "rows of a weight by the scale of the block before", "classic fp8_block",
+    ),
+    Mutation(
+        "scale_of_expert_0", "grouped_gemm", "row_ptrs(scale_ptr, expert, ", "row_ptrs(scale_ptr, expert * 0, ",
+        "every expert by the scales of expert 0", "classic int8_channel",
+    ),
+    Mutation(
+        "scale_row_of_the_gate", "grouped_gemm", "scale_rows(w_rows, SCALE_ROWS)",
+        "scale_rows(n + tl.arange(0, COLUMNS) % BLOCK_N, SCALE_ROWS)", "up rows by the scales of their gate rows",
+        "classic int8_channel",
+    ),
+    Mutation(
+        "zero_row_of_the_gate", "grouped_gemm", "zero_rows(w_rows, FORMAT)",
+        "zero_rows(n + tl.arange(0, COLUMNS) % BLOCK_N, FORMAT)", "up rows with the zero points of their gate rows",
+        "classic int4_zero_points",
+    ),
+    Mutation(
+        "groups_of_the_first_step", "grouped_gemm", "group = k // SCALE_COLUMNS + tl.arange", "group = tl.arange",
+        "every step by the scales of the first", "classic int4",
+    ),
+    Mutation(
+        "groups_past_k", "grouped_gemm", "mask[:, None] & (group * SCALE_COLUMNS < K)", "mask[:, None]",
+        "scales of groups past the last are read", "classic mxfp4",
+    ),
+    Mutation(
+        "block_of_the_first_step", "grouped_gemm", "k // SCALE_COLUMNS, tl.int64", "0 // SCALE_COLUMNS, tl.int64",
+        "every step by the block scales of the first", "classic fp8_block",
+    ),
+    Mutation(
+        "row_scale_of_the_first_step", "grouped_gemm", "k // 128", "0 * k",
+        "every step by the rows' scales of the first", "classic fp8_block",
+    ),
+    Mutation(
+        "row_scale_forgotten", "grouped_gemm", "acc *= tl.load(a_scale_ptrs", "acc += 0 * tl.load(a_scale_ptrs",
+        "rows without their scales", "classic int8_channel",
+    ),
+    Mutation(
+        "row_scale_of_the_route", "grouped_gemm", "expert, routes // top_k, stride_xse", "expert, routes, stride_xse",
+        "hidden states by the scale of another token", "classic int8_channel",
+    ),
+    Mutation(
+        "packed_step_twice_as_long", "grouped_gemm", "stored = k // 2 if PACKED else k", "stored = k",
+        "a step of packed weights skips as many", "classic int4",
+    ),
+    Mutation(
+        "nan_row_scaled", "quantize", "tl.where(tl.max((y != y).to(tl.int32), 1) > 0, float(\"nan\"), scale)", "scale",
+        "a row with a NaN has a scale that is none", "rows of int8_channel",
+    ),
+    Mutation(
+        "zeros_divided_by_zero", "quantize", "tl.maximum(tl.div_rn(largest, LARGEST), _FLOAT_TINY)",
+        "tl.div_rn(largest, LARGEST)", "a row of zeros has a scale of 0", "rows of fp8_channel",
+    ),
+    Mutation(
+        "int8_not_saturated", "quantize", "tl.where(q > LARGEST, LARGEST, tl.where(q < -LARGEST, -LARGEST, q))", "q",
+        "infinity as whatever the conversion makes of it", "rows of int8_channel",
+    ),
+    Mutation(
+        "int8_truncated", "quantize", "(q + _ROUND) - _ROUND", "q", "rounded towards zero", "rows of int8_channel",
+    ),
+    Mutation(
+        "last_group_unmasked", "quantize", "kept[:, None] & (columns < K)", "kept[:, None]",
+        "a short last group is read and written beyond its row", "rows of fp8_block",
+    ),
+    Mutation(
+        "last_group_left_out", "quantize", "kept[:, None] & (columns < K)",
+        "kept[:, None] & (columns < K // WIDTH * WIDTH)", "a short last group counts as zeros", "rows of fp8_block",
+    ),
+    Mutation(
+        "scale_of_group_0_stored", "quantize", "scale_ptr + row * stride_sm + group * stride_sg",
+        "scale_ptr + row * stride_sm", "groups' scales overwrite each other", "rows of fp8_block",
+    ),
+    Mutation(
+        "given_scale_of_expert_0", "quantize", "given_ptr + expert.to(tl.int64) * stride_ge", "given_ptr + 0 * expert",
+        "the activation of every expert by the scale of expert 0", "classic fp8_static_expert",
+    ),
+    Mutation(
+        "gemv_group_of_stored_columns", "gemv", "* VECTOR) * COLUMNS // SCALE_COLUMNS", "* VECTOR) // SCALE_COLUMNS",
+        "groups counted in bytes, with two columns each", "direct int4",
+    ),
+    Mutation(
+        "gemv_zero_forgotten", "gemv", "part -= no_zero(FORMAT) * tl.sum", "part -= 0 * tl.sum",
+        "weights without zero points stand around 0", "direct int4",
+    ),
+    Mutation(
+        "gemv_input_scale_of_group_0", "gemv", "k // 128", "0 * k", "hidden states by the scales of their first group",
+        "direct fp8_block_given",
+    ),
+]
+
+# For Hopper. A mistake in the barriers may hang, give wrong numbers, or both in turns.
+GPU_MUTATIONS = [
+    Mutation(
+        "full_parity", "pingpong", "mbarrier.wait(full.index(stage), (index // STAGES) & 1)",
+        "mbarrier.wait(full.index(stage), ((index // STAGES) & 1) ^ 1)", "a stage is read a pass too early",
+        "pingpong plain",
+    ),
+    Mutation(
+        "empty_parity_of_the_gather", "pingpong",
+        "mbarrier.wait(empty.index(stage), ((index // STAGES) & 1) ^ 1)\n                cp_async",
+        "mbarrier.wait(empty.index(stage), (index // STAGES) & 1)\n                cp_async",
+        "the gather waits for a pass that nobody has begun", "pingpong plain",
+    ),
+    Mutation(
+        "empty_not_waited_for", "pingpong",
+        "mbarrier.wait(empty.index(stage), ((index // STAGES) & 1) ^ 1)\n            bar", "bar",
+        "TMA overwrites weights that are being read", "pingpong many K steps",
+    ),
+    Mutation(
+        "last_empty_arrive_missing", "pingpong",
+        "        mbarrier.arrive(empty.index((first + K_STEPS + STAGES - 1) % STAGES), count=1)\n", "",
+        "the last stage of a tile is never given back", "pingpong plain",
+    ),
+    Mutation(
+        "turn_not_passed", "pingpong", "mbarrier.arrive(turn.index(1 - CONSUMER), count=1)",
+        "mbarrier.arrive(turn.index(CONSUMER), count=1)", "the other consumer never gets its turn", "pingpong plain",
+    ),
+    Mutation(
+        "turn_parity", "pingpong", "(1 - CONSUMER) ^ ((step // 2) & 1)", "CONSUMER ^ ((step // 2) & 1)",
+        "consumer 1 begins and consumer 0 waits", "pingpong plain",
+    ),
+    Mutation(
+        "full_counts_one_gather_warp", "pingpong", "1 + 32 * _GATHER_WARPS if GATHER", "1 + 32 if GATHER",
+        "a stage counts as full when half its rows are there", "pingpong plain",
+    ),
+    Mutation(
+        "full_counts_one_too_many", "pingpong", "1 + 32 * _GATHER_WARPS if GATHER", "2 + 32 * _GATHER_WARPS if GATHER",
+        "no stage is ever full", "pingpong plain",
+    ),
+    Mutation(
+        "half_the_bytes_announced", "pingpong", "(LOADED_ROWS + COLUMNS) * BLOCK_K *",
+        "(LOADED_ROWS + COLUMNS // 2) * BLOCK_K *", "a stage counts as full before its up rows are there",
+        "pingpong plain",
+    ),
+    Mutation(
+        "gather_past_k", "pingpong", "mask = row_mask & (k + k_offsets < K)[None, :]", "mask = row_mask",
+        "columns of the next token times weights of 0; past the last token, anything", "pingpong plain",
+    ),
+    Mutation(
+        "only_the_last_k_step", "pingpong", "use_acc=k_step > 0", "use_acc=False",
+        "a step forgets those before it", "pingpong plain",
+    ),
+    Mutation(
+        "expert_of_this_tile", "pingpong", "gl.minimum(next_block_m, num_m - 1)", "gl.minimum(block_m, num_m - 1)",
+        "a tile multiplies with the expert of the tile before", "pingpong many K steps",
+    ),
+    Mutation(
+        "bias_past_n", "pingpong", "mask=columns < N, other=0.0", "mask=columns < N - 1, other=0.0",
+        "the last column has no bias", "pingpong biases_interleaved",
+    ),
+    Mutation(
+        "blockscaled_weights_empty_parity", "blockscaled",
+        "mbarrier.wait(empty.index(FIRST + stage), phase)\n                    bar",
+        "mbarrier.wait(empty.index(FIRST + stage), phase ^ 1)\n                    bar",
+        "the weights wait for a pass that nobody has begun", "blockscaled fp8_block",
+    ),
+    Mutation(
+        "blockscaled_rows_full_parity", "blockscaled",
+        "mbarrier.wait(rows_full.index(ROWS_FIRST + a), a_phase, pred=more & (half == 1))",
+        "mbarrier.wait(rows_full.index(ROWS_FIRST + a), a_phase ^ 1, pred=more & (half == 1))",
+        "rows are multiplied before they are there", "blockscaled many K steps",
+    ),
+    Mutation(
+        "blockscaled_promotion_lost", "blockscaled", "acc0 += partial * (row_scale * scale0)",
+        "acc0 = partial * (row_scale * scale0)", "only the last 128 columns count", "blockscaled fp8_block",
+    ),
+    Mutation(
+        "blockscaled_scale_of_the_other_half", "blockscaled", "factor = (row_scale * scale1)[:, None]",
+        "factor = (row_scale * scale0)[:, None]", "the up half by the scale of the gate's", "blockscaled fp8_block",
+    ),
+    Mutation(
+        "blockscaled_cut_ignored", "blockscaled", "gl.where(before_cut, factor, (row_scale * scale2)[:, None])",
+        "factor", "the up half by the scale of the block that it begins in", "blockscaled fp8_block",
+    ),
+]
+# fmt: on
