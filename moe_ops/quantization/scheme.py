@@ -32,6 +32,8 @@ WEIGHT_DTYPES = {
     "mxfp4_w4a16": (torch.uint8,),
 }
 _INPUT_DTYPES = {"fp8_w8a8": torch.float8_e4m3fn, "int8_w8a8": torch.int8}
+# 2^31 / (128 * 127), down to a power of two.
+_LONGEST_INT8_SUM = 2**17
 _E8M0 = (torch.uint8, torch.float8_e8m0fnu)
 _SCALES = ("w1_scale", "w2_scale")
 _ZERO_POINTS = ("w1_zero_point", "w2_zero_point")
@@ -144,6 +146,15 @@ def check_scales(args: Arguments, scheme: Scheme, w1_rows: int) -> None:
     """
     (num_tokens, hidden), experts = args.hidden_states.shape, args.w1.shape[0]
     intermediate = scheme.columns(args.w2.shape[2])
+    if scheme.name == "int8_w8a8":
+        for which, size in (("hidden_states: H", hidden), ("w2: I", intermediate)):
+            require(
+                size <= _LONGEST_INT8_SUM,
+                lambda which=which, size=size: (
+                    f"{which} is {size}, expected at most {_LONGEST_INT8_SUM}, whose int8 products int32 can add up; "
+                    "use quantization='int8_w8a16'"
+                ),
+            )
     for which, rows, columns in (("w1", w1_rows, hidden), ("w2", hidden, intermediate)):
         shape, form = _scale_shape(scheme, experts, rows, columns)
         require_shape(f"{which}_scale", getattr(args, f"{which}_scale"), shape, form)

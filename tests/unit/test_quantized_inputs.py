@@ -114,3 +114,13 @@ def test_dtypes_of_the_result():
         given = make("fp8_given", dtype=dtype)
         assert emulate(given).dtype == (torch.bfloat16 if dtype == torch.float32 else dtype)
         assert emulate(make("fp8_channel", dtype=dtype)).dtype == dtype
+
+
+def test_longest_sum_of_int8():
+    """128 * 127 * K has to fit into int32."""
+    sizes = {"experts": 1, "top_k": 1, "num_tokens": 1, "hidden": 8}
+    args = quantized_inputs(quantization="int8_w8a8", intermediate=2**17, **sizes)
+    assert make_problem(args).intermediate_size == 2**17
+    args = quantized_inputs(quantization="int8_w8a8", intermediate=2**17 + 8, **sizes)
+    with pytest.raises(ValueError, match=r"w2: I is 131080, expected at most 131072.*int8_w8a16"):
+        make_problem(args)
