@@ -255,7 +255,7 @@ def test_offsets_above_2_31(monkeypatch, variant, path):
     out = spread(torch.zeros(5, 40, dtype=torch.float16))
     workspaces = [spread(torch.zeros(5, columns, dtype=torch.float16)) for columns in (24, 40)]
     if variant == "direct":
-        monkeypatch.setattr(pipeline, "_workspace", lambda like, rows, columns: workspaces[columns == 40])
+        monkeypatch.setattr(pipeline, "_workspace", lambda args, problem, plan, columns: workspaces[columns == 40])
     config = DIRECT if variant == "direct" else None
     with override(path=path, variant=variant, config=config), sanitized():
         values = {name: getattr(args, name) for name in args.__slots__}

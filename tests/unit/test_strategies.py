@@ -150,7 +150,9 @@ QUANTIZED = {
     "a block in gate and up": lambda call: (
         call.quantized.get("block_shape") == (128, 128) and call.intermediate > 128 and call.intermediate % 128 > 0
     ),
-    "short groups": lambda call: call.hidden % 32 > 0 and call.quantized["quantization"] == "int4_w4a16",
+    "short groups": lambda call: (
+        call.quantized["quantization"] == "int4_w4a16" and call.hidden % call.quantized["block_shape"][1] > 0
+    ),
     **{
         f"layout of {name}": lambda call, name=name: name in call.layouts
         for name in ("w1_scale", "w2_scale", "w1_zero_point", "w2_zero_point", "a1_scale", "a2_scale")
