@@ -8,7 +8,7 @@ import triton
 from torch import Tensor
 
 from moe_ops.backends import pingpong
-from moe_ops.backends.launch import Launcher, bias_and_stride
+from moe_ops.backends.launch import Launcher, activation_constexprs, bias_and_stride
 from moe_ops.backends.scaled import ScaledRows
 from moe_ops.dispatch import Plan
 from moe_ops.kernels.blockscaled import blockscaled_kernel
@@ -33,13 +33,10 @@ def up(args: Arguments, problem: Problem, plan: Plan, routing: Routing, router_w
         x: the hidden states, e4m3 with a scale per group of 128 columns.
         act: [max_rows, I], e4m3, rows 16 bytes aligned; values and scales are written, those of padding rows included.
     """
-    activation = problem.activation
     _launch(
         x._replace(values=pingpong.copyable(x.values)), True, args.w1, args.w1_scale, args.w1_bias,
         router_weights if problem.router_weight_on_input else None, act, routing, problem, plan, "up",
-        K=problem.hidden_size, ACTIVATION=activation.name, GATED=activation.gated,
-        INTERLEAVED=activation.gated and problem.gate_up_layout == "interleaved",
-        HAS_LIMIT=problem.limit is not None,
+        K=problem.hidden_size, **activation_constexprs(problem),
     )  # fmt: skip
 
 

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from moe_ops.backends.launch import (
     Launcher,
+    activation_constexprs,
     bias_and_stride,
     dependent,
     format_constexprs,
@@ -34,7 +35,7 @@ def up(args: Arguments, problem: Problem, plan: Plan, ids: Tensor, expert_map: T
         router_weights: [M, top_k], contiguous.
         act: [M * top_k, I]; written.
     """
-    config, activation, x, w1 = plan.up, problem.activation, args.hidden_states, args.w1
+    config, x, w1 = plan.up, args.hidden_states, args.w1
     bias, stride_be = bias_and_stride(args.w1_bias)
     scaled = given_rows(x, args.a1_scale) if problem.scheme.inputs_given else ScaledRows(x)
     Launcher(plan.kernels)(
@@ -45,9 +46,7 @@ def up(args: Arguments, problem: Problem, plan: Plan, ids: Tensor, expert_map: T
          *x.stride(), *problem.w1_strides, stride_be, act.stride(0),
          scaled.scale, scaled.stride_row, scaled.stride_group, *weight_scales(args, problem, "w1")),
         lambda: {
-            "ACTIVATION": activation.name, "GATED": activation.gated,
-            "INTERLEAVED": problem.gate_up_layout == "interleaved", "HAS_LIMIT": problem.limit is not None,
-            "H_UNIT": unit(problem.hidden_size), "X_UNIT": unit(x.stride(0)), **weight_constexprs(w1),
+            **activation_constexprs(problem), "H_UNIT": unit(problem.hidden_size), "X_UNIT": unit(x.stride(0)), **weight_constexprs(w1),
             **_reduction(problem, w1, config.block_k), "BLOCK_N": config.block_n,
             "num_warps": config.num_warps, **dependent(plan, follows=False),
         },

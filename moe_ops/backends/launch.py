@@ -79,6 +79,16 @@ def weight_scales(args: Arguments, problem: Problem, which: str) -> tuple[Tensor
     return (scale, *strides, zero_point, *((0, 0, 0) if zero_point is None else zero_point.stride()))
 
 
+def activation_constexprs(problem: Problem) -> dict[str, object]:
+    """What the kernels of the up GEMM have to know of the activation."""
+    return {
+        "ACTIVATION": problem.activation.name,
+        "GATED": problem.activation.gated,
+        "INTERLEAVED": problem.gate_up_layout == "interleaved",
+        "HAS_LIMIT": problem.limit is not None,
+    }
+
+
 def format_constexprs(problem: Problem) -> dict[str, object]:
     """What the kernels have to know of the format of the weights."""
     scheme = problem.scheme

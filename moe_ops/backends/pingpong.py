@@ -11,7 +11,7 @@ from torch import Tensor
 from triton.experimental.gluon.language import NVMMASharedLayout
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from moe_ops.backends.launch import Launcher, bias_and_stride
+from moe_ops.backends.launch import Launcher, activation_constexprs, bias_and_stride
 from moe_ops.backends.scaled import ScaledRows
 from moe_ops.dispatch import Plan
 from moe_ops.kernels.pingpong import pingpong_kernel
@@ -43,13 +43,10 @@ def up(args: Arguments, problem: Problem, plan: Plan, routing: Routing, router_w
         act: [max_rows, I], rows 16 bytes aligned; written, padding rows included. In the compute dtype, or in fp8.
         act_scale: scales that an fp8 act is divided by, float32: [1], or [E], one per expert. None without.
     """
-    activation = problem.activation
     _launch(
         x._replace(values=copyable(x.values)), True, args.w1, args.w1_scale, args.w1_bias,
         router_weights if problem.router_weight_on_input else None, act, act_scale, routing, problem, plan, "up",
-        K=problem.hidden_size, ACTIVATION=activation.name, GATED=activation.gated,
-        INTERLEAVED=activation.gated and problem.gate_up_layout == "interleaved",
-        HAS_LIMIT=problem.limit is not None,
+        K=problem.hidden_size, **activation_constexprs(problem),
     )  # fmt: skip
 
 

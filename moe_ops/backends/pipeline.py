@@ -10,6 +10,7 @@ from torch import Tensor
 from moe_ops.backends import gemv, quantize
 from moe_ops.backends.launch import (
     Launcher,
+    activation_constexprs,
     bias_and_stride,
     dependent,
     format_constexprs,
@@ -107,7 +108,7 @@ def _workspace(args: Arguments, problem: Problem, plan: Plan, columns: int) -> T
 
 def _up(args, problem: Problem, plan: Plan, describe: Describe | None, routing: Routing, router_weights,
         x: ScaledRows) -> ScaledRows:  # fmt: skip
-    config, activation, w1 = plan.up, problem.activation, args.w1
+    config, w1 = plan.up, args.w1
     bias, stride_be = bias_and_stride(args.w1_bias)
     w1_desc = None if describe is None else describe.w1(args, problem, plan)
     act = _workspace(args, problem, plan, problem.intermediate_size)
@@ -120,9 +121,7 @@ def _up(args, problem: Problem, plan: Plan, describe: Describe | None, routing: 
          *x.values.stride(), *problem.w1_strides, stride_be, act.stride(0),
          x.scale, *x.strides, *weight_scales(args, problem, "w1")),
         lambda: {
-            "ACTIVATION": activation.name, "GATED": activation.gated,
-            "INTERLEAVED": problem.gate_up_layout == "interleaved", "HAS_LIMIT": problem.limit is not None,
-            "X_UNIT": unit(x.values.stride(0)), **weight_constexprs(w1), **_sizes(problem),
+            **activation_constexprs(problem), "X_UNIT": unit(x.values.stride(0)), **weight_constexprs(w1), **_sizes(problem),
             **_tile(plan, config, problem.hidden_size, problem), **dependent(plan),
         },
     )  # fmt: skip
