@@ -46,7 +46,8 @@ def up(args: Arguments, problem: Problem, plan: Plan, ids: Tensor, expert_map: T
          *x.stride(), *problem.w1_strides, stride_be, act.stride(0),
          scaled.scale, scaled.stride_row, scaled.stride_group, *weight_scales(args, problem, "w1")),
         lambda: {
-            **activation_constexprs(problem), "H_UNIT": unit(problem.hidden_size), "X_UNIT": unit(x.stride(0)), **weight_constexprs(w1),
+            **activation_constexprs(problem),
+            "H_UNIT": unit(problem.hidden_size), "X_UNIT": unit(x.stride(0)), **weight_constexprs(w1),
             **_reduction(problem, w1, config.block_k), "BLOCK_N": config.block_n,
             "num_warps": config.num_warps, **dependent(plan, follows=False),
         },

@@ -121,7 +121,8 @@ def _up(args, problem: Problem, plan: Plan, describe: Describe | None, routing: 
          *x.values.stride(), *problem.w1_strides, stride_be, act.stride(0),
          x.scale, *x.strides, *weight_scales(args, problem, "w1")),
         lambda: {
-            **activation_constexprs(problem), "X_UNIT": unit(x.values.stride(0)), **weight_constexprs(w1), **_sizes(problem),
+            **activation_constexprs(problem),
+            "X_UNIT": unit(x.values.stride(0)), **weight_constexprs(w1), **_sizes(problem),
             **_tile(plan, config, problem.hidden_size, problem), **dependent(plan),
         },
     )  # fmt: skip
