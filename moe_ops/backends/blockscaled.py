@@ -20,8 +20,8 @@ from moe_ops.routing import Routing
 _ROWS = 64
 
 
-def up(args: Arguments, problem: Problem, plan: Plan, routing: Routing, router_weights: Tensor, x: ScaledRows,
-       act: ScaledRows) -> None:  # fmt: skip
+def up(args: Arguments, problem: Problem, plan: Plan, routing: Routing, progress: Tensor, router_weights: Tensor,
+       x: ScaledRows, act: ScaledRows) -> None:  # fmt: skip
     """act[p] = act(x[token of p] @ w1[e]^T (* router weight) + b1[e]) for the sorted rows p, quantised by groups.
 
     Args:
@@ -29,18 +29,20 @@ def up(args: Arguments, problem: Problem, plan: Plan, routing: Routing, router_w
         problem: its description.
         plan: of variant "blockscaled".
         routing: the sorted routes, blocks of `plan.block_m`.
+        progress: int32, zero: counts the tiles that have been loaded; see `kernels.pingpong.keep_step`.
         router_weights: [M, top_k], contiguous.
         x: the hidden states, e4m3 with a scale per group of 128 columns.
         act: [max_rows, I], e4m3, rows 16 bytes aligned; values and scales are written, those of padding rows included.
     """
     _launch(
         x._replace(values=pingpong.copyable(x.values)), True, args.w1, args.w1_scale, args.w1_bias,
-        router_weights if problem.router_weight_on_input else None, act, routing, problem, plan, "up",
+        router_weights if problem.router_weight_on_input else None, act, routing, progress, problem, plan, "up",
         K=problem.hidden_size, **activation_constexprs(problem),
     )  # fmt: skip
 
 
-def down(args: Arguments, problem: Problem, plan: Plan, routing: Routing, act: ScaledRows, rows: Tensor) -> None:
+def down(args: Arguments, problem: Problem, plan: Plan, routing: Routing, progress: Tensor, act: ScaledRows,
+         rows: Tensor) -> None:  # fmt: skip
     """rows[p] = act[p] @ w2[e]^T + b2[e] for the sorted rows p.
 
     Args:
@@ -48,18 +50,19 @@ def down(args: Arguments, problem: Problem, plan: Plan, routing: Routing, act: S
         problem: its description.
         plan: of variant "blockscaled".
         routing: the sorted routes, blocks of `plan.block_m`.
+        progress: int32, zero: counts the tiles that have been loaded; see `kernels.pingpong.keep_step`.
         act: [max_rows, I], what `up` wrote.
         rows: [max_rows, H], rows 16 bytes aligned; written, padding rows included.
     """
     _launch(
-        act, False, args.w2, args.w2_scale, args.w2_bias, None, ScaledRows(rows), routing, problem, plan, "down",
+        act, False, args.w2, args.w2_scale, args.w2_bias, None, ScaledRows(rows), routing, progress, problem, plan, "down",
         K=problem.intermediate_size, ACTIVATION=None, GATED=False, INTERLEAVED=False, HAS_LIMIT=False,
     )  # fmt: skip
 
 
 def _launch(rows: ScaledRows, gather: bool, weight: Tensor, weight_scale: Tensor, bias: Tensor | None,
-            router_weights: Tensor | None, out: ScaledRows, routing: Routing, problem: Problem, plan: Plan, name: str,
-            **constexprs) -> None:  # fmt: skip
+            router_weights: Tensor | None, out: ScaledRows, routing: Routing, progress: Tensor, problem: Problem,
+            plan: Plan, name: str, **constexprs) -> None:  # fmt: skip
     config = plan.up if name == "up" else plan.down
     values, columns = rows.values, out.values.shape[1]
     bias, stride_be = bias_and_stride(bias)
@@ -69,7 +72,7 @@ def _launch(rows: ScaledRows, gather: bool, weight: Tensor, weight_scale: Tensor
         (values if gather else None, None if gather else pingpong.descriptor(values, [_ROWS, GROUP]),
          pingpong.weight_descriptor(weight, GROUP, GROUP), rows.scale, weight_scale, bias, router_weights,
          pingpong.descriptor(out.values, [_ROWS, pingpong.BOX]), out.scale,
-         routing.sorted_routes, routing.tile_experts, routing.num_padded, problem.num_routes,
+         routing.sorted_routes, routing.tile_experts, routing.num_padded, progress, problem.num_routes,
          values.stride(0) if gather else 0, rows.stride_row, rows.stride_group, *weight_scale.stride(), stride_be,
          out.stride_row, out.stride_group, problem.alpha or 0.0, problem.limit or 0.0),
         lambda: {

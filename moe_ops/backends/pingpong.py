@@ -29,8 +29,8 @@ TRITON_DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 PROXY_FENCE = True
 
 
-def up(args: Arguments, problem: Problem, plan: Plan, routing: Routing, router_weights: Tensor, x: ScaledRows,
-       act: Tensor, act_scale: Tensor | None) -> None:  # fmt: skip
+def up(args: Arguments, problem: Problem, plan: Plan, routing: Routing, progress: Tensor, router_weights: Tensor,
+       x: ScaledRows, act: Tensor, act_scale: Tensor | None) -> None:  # fmt: skip
     """act[p] = act(x[token of p] @ w1[e]^T (* router weight) + b1[e]) for the sorted rows p.
 
     Args:
@@ -38,6 +38,7 @@ def up(args: Arguments, problem: Problem, plan: Plan, routing: Routing, router_w
         problem: its description.
         plan: of variant "pingpong".
         routing: the sorted routes, blocks of 64.
+        progress: int32, zero: counts the tiles that have been loaded; see `kernels.pingpong.keep_step`.
         router_weights: [M, top_k], contiguous.
         x: the hidden states, quantised where w1 is.
         act: [max_rows, I], rows 16 bytes aligned; written, padding rows included. In the compute dtype, or in fp8.
@@ -45,12 +46,13 @@ def up(args: Arguments, problem: Problem, plan: Plan, routing: Routing, router_w
     """
     _launch(
         x._replace(values=copyable(x.values)), True, args.w1, args.w1_scale, args.w1_bias,
-        router_weights if problem.router_weight_on_input else None, act, act_scale, routing, problem, plan, "up",
+        router_weights if problem.router_weight_on_input else None, act, act_scale, routing, progress, problem, plan, "up",
         K=problem.hidden_size, **activation_constexprs(problem),
     )  # fmt: skip
 
 
-def down(args: Arguments, problem: Problem, plan: Plan, routing: Routing, act: ScaledRows, rows: Tensor) -> None:
+def down(args: Arguments, problem: Problem, plan: Plan, routing: Routing, progress: Tensor, act: ScaledRows,
+         rows: Tensor) -> None:  # fmt: skip
     """rows[p] = act[p] @ w2[e]^T + b2[e] for the sorted rows p.
 
     Args:
@@ -58,18 +60,19 @@ def down(args: Arguments, problem: Problem, plan: Plan, routing: Routing, act: S
         problem: its description.
         plan: of variant "pingpong".
         routing: the sorted routes, blocks of 64.
+        progress: int32, zero: counts the tiles that have been loaded; see `kernels.pingpong.keep_step`.
         act: [max_rows, I], rows 16 bytes aligned, quantised where w2 is.
         rows: [max_rows, H], rows 16 bytes aligned; written, padding rows included.
     """
     _launch(
-        act, False, args.w2, args.w2_scale, args.w2_bias, None, rows, None, routing, problem, plan, "down",
+        act, False, args.w2, args.w2_scale, args.w2_bias, None, rows, None, routing, progress, problem, plan, "down",
         K=problem.intermediate_size, ACTIVATION=None, GATED=False, INTERLEAVED=False, HAS_LIMIT=False,
     )  # fmt: skip
 
 
 def _launch(rows: ScaledRows, gather: bool, weight: Tensor, weight_scale: Tensor | None, bias: Tensor | None,
-            router_weights: Tensor | None, out: Tensor, out_scale: Tensor | None, routing: Routing, problem: Problem,
-            plan: Plan, name: str, *, GATED: bool, INTERLEAVED: bool, **constexprs) -> None:  # fmt: skip
+            router_weights: Tensor | None, out: Tensor, out_scale: Tensor | None, routing: Routing, progress: Tensor,
+            problem: Problem, plan: Plan, name: str, *, GATED: bool, INTERLEAVED: bool, **constexprs) -> None:  # fmt: skip
     config = plan.up if name == "up" else plan.down
     columns = config.block_n * 2 if GATED else config.block_n
     box = columns // 2 if GATED and not INTERLEAVED else columns
@@ -87,7 +90,8 @@ def _launch(rows: ScaledRows, gather: bool, weight: Tensor, weight_scale: Tensor
          weight_descriptor(weight, box, config.block_k), rows.scale, None if per_channel else weight_scale,
          weight_scale if per_channel else None, out_scale, bias, router_weights,
          descriptor(out, [config.block_m, BOX]),
-         routing.sorted_routes, routing.tile_experts, routing.num_padded, problem.num_routes,
+         routing.sorted_routes, routing.tile_experts, routing.num_padded, progress,
+         problem.num_routes,
          values.stride(0) if gather else 0, rows.stride_row, rows.stride_expert,
          stride_we,
          0 if out_scale is None or out_scale.numel() == 1 else out_scale.stride(0), stride_be,

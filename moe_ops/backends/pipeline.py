@@ -30,6 +30,8 @@ from moe_ops.routing import Routing
 
 _COMBINE_UNROLL = 8
 _COMBINE_COLUMNS = 1024
+# Elements that lie between the counters of two launches: a line of the L2.
+_PROGRESS = 32
 
 
 class Describe(NamedTuple):
@@ -83,18 +85,19 @@ def stages(args: Arguments, problem: Problem, plan: Plan, out: Tensor, describe:
             yield "down"
             return
         x = quantize.empty_inputs(args, problem)
+        progress = args.topk_ids.new_empty((2, _PROGRESS), dtype=torch.int32) if plan.variant in _PERSISTENT else None
         routing = sort_routes(
             args.topk_ids, problem.num_experts, plan.block_m, args.expert_map, Launcher(plan.kernels),
-            plan.dependent_launch,
+            plan.dependent_launch, progress,
         )  # fmt: skip
         yield "route"
         if problem.scheme.quantizes_inputs:
             quantize.inputs(args, problem, plan, x)
             yield "quantize"
-        act = _UP[plan.variant](args, problem, plan, describe, routing, router_weights, x)
+        act = _UP[plan.variant](args, problem, plan, describe, routing, progress, router_weights, x)
         yield "up"
         rows = _workspace(args, problem, plan, problem.hidden_size)
-        _DOWN[plan.variant](args, problem, plan, describe, routing, act, rows)
+        _DOWN[plan.variant](args, problem, plan, describe, routing, progress, act, rows)
         yield "down"
         _combine(problem, plan, rows, routing, combine_weights, out)
         yield "combine"
@@ -106,7 +109,7 @@ def _workspace(args: Arguments, problem: Problem, plan: Plan, columns: int) -> T
     return args.hidden_states.new_empty(size, dtype=problem.dtype)[:, :columns]
 
 
-def _up(args, problem: Problem, plan: Plan, describe: Describe | None, routing: Routing, router_weights,
+def _up(args, problem: Problem, plan: Plan, describe: Describe | None, routing: Routing, _, router_weights,
         x: ScaledRows) -> ScaledRows:  # fmt: skip
     config, w1 = plan.up, args.w1
     bias, stride_be = bias_and_stride(args.w1_bias)
@@ -129,7 +132,7 @@ def _up(args, problem: Problem, plan: Plan, describe: Describe | None, routing: 
     return quantize.activation(args, problem, plan, act, routing)
 
 
-def _down(args, problem: Problem, plan: Plan, describe: Describe | None, routing: Routing, act: ScaledRows,
+def _down(args, problem: Problem, plan: Plan, describe: Describe | None, routing: Routing, _, act: ScaledRows,
           rows: Tensor) -> None:  # fmt: skip
     config, w2 = plan.down, args.w2
     bias, stride_be = bias_and_stride(args.w2_bias)
@@ -150,42 +153,47 @@ def _down(args, problem: Problem, plan: Plan, describe: Describe | None, routing
     )  # fmt: skip
 
 
-def _pingpong_up(args, problem: Problem, plan: Plan, _, routing: Routing, router_weights, x: ScaledRows) -> ScaledRows:
+def _pingpong_up(args, problem: Problem, plan: Plan, _, routing: Routing, progress: Tensor, router_weights,
+                 x: ScaledRows) -> ScaledRows:  # fmt: skip
     from moe_ops.backends import pingpong
 
     if problem.scheme.act and args.a2_scale is not None:
         act = quantize.empty_act(args, problem, plan)
-        pingpong.up(args, problem, plan, routing, router_weights, x, act.values, act.scale)
+        pingpong.up(args, problem, plan, routing, progress[0], router_weights, x, act.values, act.scale)
         return act
     act = _workspace(args, problem, plan, problem.intermediate_size)
-    pingpong.up(args, problem, plan, routing, router_weights, x, act, None)
+    pingpong.up(args, problem, plan, routing, progress[0], router_weights, x, act, None)
     return quantize.activation(args, problem, plan, act, routing)
 
 
-def _pingpong_down(args, problem: Problem, plan: Plan, _, routing: Routing, act: ScaledRows, rows: Tensor) -> None:
+def _pingpong_down(args, problem: Problem, plan: Plan, _, routing: Routing, progress: Tensor, act: ScaledRows,
+                   rows: Tensor) -> None:  # fmt: skip
     from moe_ops.backends import pingpong
 
-    pingpong.down(args, problem, plan, routing, act, rows)
+    pingpong.down(args, problem, plan, routing, progress[1], act, rows)
 
 
-def _blockscaled_up(args, problem: Problem, plan: Plan, _, routing: Routing, router_weights, x: ScaledRows
-                    ) -> ScaledRows:  # fmt: skip
+def _blockscaled_up(args, problem: Problem, plan: Plan, _, routing: Routing, progress: Tensor, router_weights,
+                    x: ScaledRows) -> ScaledRows:  # fmt: skip
     from moe_ops.backends import blockscaled
 
     act = quantize.empty_act(args, problem, plan)
-    blockscaled.up(args, problem, plan, routing, router_weights, x, act)
+    blockscaled.up(args, problem, plan, routing, progress[0], router_weights, x, act)
     return act
 
 
-def _blockscaled_down(args, problem: Problem, plan: Plan, _, routing: Routing, act: ScaledRows, rows: Tensor) -> None:
+def _blockscaled_down(args, problem: Problem, plan: Plan, _, routing: Routing, progress: Tensor, act: ScaledRows,
+                      rows: Tensor) -> None:  # fmt: skip
     from moe_ops.backends import blockscaled
 
-    blockscaled.down(args, problem, plan, routing, act, rows)
+    blockscaled.down(args, problem, plan, routing, progress[1], act, rows)
 
 
 # By variant; Gluon, which two of them need, may be absent.
 _UP = {"sorted": _up, "pingpong": _pingpong_up, "blockscaled": _blockscaled_up}
 _DOWN = {"sorted": _down, "pingpong": _pingpong_down, "blockscaled": _blockscaled_down}
+# Whose programs run many tiles, and keep in step by counters.
+_PERSISTENT = ("pingpong", "blockscaled")
 
 
 def _sizes(problem: Problem) -> dict[str, int]:

@@ -20,10 +20,12 @@ def sort_routes(
     expert_map: Tensor | None = None,
     launch: Launcher | None = None,
     dependent_launch: bool = False,
+    zeroed: Tensor | None = None,
 ) -> Routing:
     """Sorts the routes of `topk_ids` [M, top_k] by expert on the tensor's device, without a host sync.
 
     With `dependent_launch` the caller's next kernel may start early: it has to wait before it reads the result.
+    `zeroed`, int32 of a power of two of elements, is filled with zeros on the way.
     """
     launch = launch or Launcher(None)
     routing = empty_routing(topk_ids, num_experts, block)
@@ -40,6 +42,7 @@ def sort_routes(
         "BLOCK": block,
         "BLOCK_POW2": triton.next_power_of_2(block),
         "TILES": _TILES,
+        "ZEROED": 0 if zeroed is None else zeroed.numel(),
     }
     common = {"num_warps": 4, "PDL": dependent_launch}
     following = common | ({"launch_pdl": True} if dependent_launch else {})
@@ -48,7 +51,7 @@ def sort_routes(
             launch(
                 "route", kernels.route_small_kernel,
                 max(triton.cdiv(num_routes, _SMALL_CHUNK), triton.cdiv(max_tiles, _TILES)),
-                (ids, expert_map, *routing, num_routes, max_tiles, num_ids),
+                (ids, expert_map, *routing, zeroed, num_routes, max_tiles, num_ids),
                 lambda: {
                     **sizes, "ROUTES": max(32, triton.next_power_of_2(num_routes)), "CHUNK": _SMALL_CHUNK, **common
                 },
@@ -68,7 +71,7 @@ def sort_routes(
         )  # fmt: skip
         launch(
             "scatter", kernels.scatter_kernel, max(num_chunks, triton.cdiv(max_tiles, _TILES)),
-            (ids, expert_map, chunk_counts, counts, *routing, num_routes, num_chunks, max_tiles, num_ids),
+            (ids, expert_map, chunk_counts, counts, *routing, zeroed, num_routes, num_chunks, max_tiles, num_ids),
             lambda: {**sizes, "CHUNK": CHUNK, **following},
         )  # fmt: skip
     return routing

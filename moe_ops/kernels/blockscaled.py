@@ -45,11 +45,15 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from moe_ops.kernels.activation import activate_gated, nonlinearity
 from moe_ops.kernels.compat import block_barrier, cp_async, tma_load
-from moe_ops.kernels.pingpong import affine, halves, quantize, store_box, tile
+from moe_ops.kernels.pingpong import affine, halves, keep_step, quantize, store_box, tile
 
 # Elements of a group of a row, of either side of a block of weights, and columns of a partial sum.
 _GROUP = gl.constexpr(128)
 _CONSUMER_ROWS = gl.constexpr(64)
+# As in the ping-pong kernel, for rings that hold fewer steps.
+_STRETCH = gl.constexpr(16)
+_EARLY_STEPS = gl.constexpr(2)
+_PATIENCE = gl.constexpr(64)
 # Stages of a consumer's ring of rows.
 _ROWS_STAGES = gl.constexpr(3)
 # Registers of the threads of consumer 1 and of the other roles; consumer 0 gets what is left.
@@ -68,8 +72,8 @@ def _next(stage, phase, STAGES: gl.constexpr):
 
 
 @gluon.jit
-def _weights(CONSUMER: gl.constexpr, ring, weights_desc, tile_experts_ptr, num_padded_ptr, N: gl.constexpr,
-             K: gl.constexpr, NUM_N: gl.constexpr, GROUP_M: gl.constexpr, HALVES: gl.constexpr, BLOCK_M: gl.constexpr,
+def _weights(CONSUMER: gl.constexpr, ring, weights_desc, tile_experts_ptr, num_padded_ptr, progress_ptr,
+             N: gl.constexpr, K: gl.constexpr, NUM_N: gl.constexpr, GROUP_M: gl.constexpr, HALVES: gl.constexpr, BLOCK_M: gl.constexpr,
              SPLIT: gl.constexpr):  # fmt: skip
     """The TMA warp of a ring of weights: both halves of every K step of the consumer's tiles."""
     if CONSUMER == 0 or not SPLIT:
@@ -77,17 +81,28 @@ def _weights(CONSUMER: gl.constexpr, ring, weights_desc, tile_experts_ptr, num_p
         STAGES: gl.constexpr = weights_smem.shape[0] if SPLIT else weights_smem.shape[0] // 2
         FIRST: gl.constexpr = CONSUMER * STAGES
         STRIDE: gl.constexpr = 1 if SPLIT else 2
+        K_STEPS: gl.constexpr = triton.cdiv(K, _GROUP)
         num_m = gl.load(num_padded_ptr) // BLOCK_M
         stage = 0
         phase = 1
+        index = 0
         step = CONSUMER
+        patience = gl.to_tensor(_PATIENCE)
         number, block_m, block_n = tile(step, num_m, NUM_N, GROUP_M)
         expert = gl.load(tile_experts_ptr + gl.maximum(gl.minimum(block_m, num_m - 1), 0))
         while number < num_m * NUM_N:
             # The next tile's expert is fetched while the ring is full, and so costs no time.
             next_number, next_block_m, next_block_n = tile(step + STRIDE, num_m, NUM_N, GROUP_M)
             next_expert = gl.load(tile_experts_ptr + gl.maximum(gl.minimum(next_block_m, num_m - 1), 0))
-            for k_step in range(triton.cdiv(K, _GROUP)):
+            # The last tiles are not for all programs, and of a program's two rings.
+            together = (step + STRIDE) * gl.num_programs(0) <= num_m * NUM_N
+            for k_step in range(K_STEPS):
+                if progress_ptr is not None:
+                    if (index % _STRETCH == 0) & (index > 0) & together:
+                        patience = keep_step(progress_ptr, index // _STRETCH * STRIDE * gl.num_programs(0), patience)
+                    if index % _STRETCH == _STRETCH - 1 - _EARLY_STEPS:
+                        gl.atomic_add(progress_ptr, 1, sem="relaxed")
+                index += 1
                 for half in gl.static_range(2):
                     mbarrier.wait(empty.index(FIRST + stage), phase)
                     bar = full.index(FIRST + stage)
@@ -183,26 +198,28 @@ def _consume(CONSUMER: gl.constexpr, rows_ring, weights_ring, out_smem, out_desc
         row = block_m * BLOCK_M + (CONSUMER * _CONSUMER_ROWS if SPLIT else 0)
         rows = row + gl.arange(0, _CONSUMER_ROWS, gl.SliceLayout(1, LAYOUT))
         row_mask = rows >= 0
+        # A weight's scale is asked for by every row: what all threads knew to have in common would go to the registers
+        # that a warp shares, and a warp waits for those as soon as it has asked.
+        expert_scale_ptrs = weight_scale_ptr + expert * stride_we + (rows >> 31)
         if TOP_K:
             routes = gl.load(sorted_routes_ptr + rows)
             row_mask = routes < num_routes
             rows = routes // TOP_K
         row_scale_ptrs = row_scale_ptr + rows.to(gl.int64) * stride_sm
-        expert_scale_ptr = weight_scale_ptr + expert * stride_we
         first = _weight_row(block_n, 0, N, HALVES)
         second = _weight_row(block_n, 1, N, HALVES)
-        ptr0 = expert_scale_ptr + (first // _GROUP).to(gl.int64) * stride_wn
-        ptr1 = expert_scale_ptr + (second // _GROUP).to(gl.int64) * stride_wn
-        ptr2 = ptr1 + stride_wn
+        ptrs0 = expert_scale_ptrs + (first // _GROUP).to(gl.int64) * stride_wn
+        ptrs1 = expert_scale_ptrs + (second // _GROUP).to(gl.int64) * stride_wn
+        ptrs2 = ptrs1 + stride_wn
         # Rows of weights that do not exist are zeros, and so are their scales.
         row_scale = gl.load(row_scale_ptrs, mask=row_mask, other=0.0)
-        scale0 = _weight_scale(ptr0, first < WEIGHT_ROWS)
-        scale1 = _weight_scale(ptr1, second < WEIGHT_ROWS)
-        scale2 = _weight_scale(ptr2, second + CUT < WEIGHT_ROWS)
+        scale0 = _weight_scale(ptrs0, first < WEIGHT_ROWS)
+        scale1 = _weight_scale(ptrs1, second < WEIGHT_ROWS)
+        scale2 = _weight_scale(ptrs2, second + CUT < WEIGHT_ROWS)
         next_row_scale = gl.load(row_scale_ptrs, mask=row_mask, other=0.0)
-        next_scale0 = _weight_scale(ptr0, first < WEIGHT_ROWS)
-        next_scale1 = _weight_scale(ptr1, second < WEIGHT_ROWS)
-        next_scale2 = _weight_scale(ptr2, second + CUT < WEIGHT_ROWS)
+        next_scale0 = _weight_scale(ptrs0, first < WEIGHT_ROWS)
+        next_scale1 = _weight_scale(ptrs1, second < WEIGHT_ROWS)
+        next_scale2 = _weight_scale(ptrs2, second + CUT < WEIGHT_ROWS)
         acc0 = gl.zeros((_CONSUMER_ROWS, _GROUP), gl.float32, LAYOUT)
         acc1 = gl.zeros((_CONSUMER_ROWS, _GROUP), gl.float32, LAYOUT)
         # Not `= a`: Triton 3.6 does not carry a name that has the same value before a loop and first in it.
@@ -234,10 +251,10 @@ def _consume(CONSUMER: gl.constexpr, rows_ring, weights_ring, out_smem, out_desc
                 acc0 += partial * (row_scale * scale0)[:, None]
                 group = gl.minimum(turn // 2 + 1, K_STEPS - 1).to(gl.int64)
                 next_row_scale = gl.load(row_scale_ptrs + group * stride_sg, mask=row_mask, other=0.0)
-                next_scale0 = _weight_scale(ptr0 + group * stride_wk, first < WEIGHT_ROWS)
-                next_scale1 = _weight_scale(ptr1 + group * stride_wk, second < WEIGHT_ROWS)
+                next_scale0 = _weight_scale(ptrs0 + group * stride_wk, first < WEIGHT_ROWS)
+                next_scale1 = _weight_scale(ptrs1 + group * stride_wk, second < WEIGHT_ROWS)
                 if CUT != _GROUP:
-                    next_scale2 = _weight_scale(ptr2 + group * stride_wk, second + CUT < WEIGHT_ROWS)
+                    next_scale2 = _weight_scale(ptrs2 + group * stride_wk, second + CUT < WEIGHT_ROWS)
             else:
                 factor = (row_scale * scale1)[:, None]
                 if CUT != _GROUP:
@@ -260,8 +277,8 @@ def _consume(CONSUMER: gl.constexpr, rows_ring, weights_ring, out_smem, out_desc
 
 
 @gluon.jit
-def _weight_scale(ptr, exists):
-    return gl.load(ptr, mask=exists, other=0.0).to(gl.float32)
+def _weight_scale(ptrs, exists):
+    return gl.load(ptrs, mask=exists, other=0.0).to(gl.float32)
 
 
 @gluon.jit
@@ -336,7 +353,7 @@ def _store_group(left, right, out_smem, out_desc, act_scales, row, group, N: gl.
 ])  # fmt: skip
 def blockscaled_kernel(
     x_ptr, rows_desc, weights_desc, row_scale_ptr, weight_scale_ptr, bias_ptr, router_weights_ptr, out_desc,
-    act_scale_ptr, sorted_routes_ptr, tile_experts_ptr, num_padded_ptr, num_routes,
+    act_scale_ptr, sorted_routes_ptr, tile_experts_ptr, num_padded_ptr, progress_ptr, num_routes,
     stride_xm, stride_sm, stride_sg, stride_we, stride_wn, stride_wk, stride_be, stride_am, stride_ag, alpha, limit,
     N: gl.constexpr, K: gl.constexpr, TOP_K: gl.constexpr, ACTIVATION: gl.constexpr, GATED: gl.constexpr,
     INTERLEAVED: gl.constexpr, HAS_LIMIT: gl.constexpr, DTYPE: gl.constexpr, PROXY_FENCE: gl.constexpr,
@@ -390,8 +407,8 @@ def blockscaled_kernel(
                  GROUP_M, TOP_K, BLOCK_M, SPLIT)),
         (_rows, (1, rows_ring, x_ptr, stride_xm, rows_desc, sorted_routes_ptr, num_padded_ptr, num_routes, K, NUM_N,
                  GROUP_M, TOP_K, BLOCK_M, SPLIT)),
-        (_weights, (0, weights_ring, weights_desc, tile_experts_ptr, num_padded_ptr, N, K, NUM_N, GROUP_M, HALVES,
-                    BLOCK_M, SPLIT)),
-        (_weights, (1, weights_ring, weights_desc, tile_experts_ptr, num_padded_ptr, N, K, NUM_N, GROUP_M, HALVES,
-                    BLOCK_M, SPLIT)),
+        (_weights, (0, weights_ring, weights_desc, tile_experts_ptr, num_padded_ptr, progress_ptr, N, K, NUM_N,
+                    GROUP_M, HALVES, BLOCK_M, SPLIT)),
+        (_weights, (1, weights_ring, weights_desc, tile_experts_ptr, num_padded_ptr, progress_ptr, N, K, NUM_N,
+                    GROUP_M, HALVES, BLOCK_M, SPLIT)),
     ], [4, 1, 1, 1, 1], [REGISTERS[0], REGISTERS[1], REGISTERS[1], REGISTERS[1], REGISTERS[1]])  # fmt: skip

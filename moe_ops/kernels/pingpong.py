@@ -56,14 +56,22 @@ _GATHER_WARPS = gl.constexpr(2)
 # Registers of the threads of consumer 1, _gather and _load; consumer 0 gets what is left (232).
 _CONSUMER_REGISTERS = gl.constexpr(216)
 _PRODUCER_REGISTERS = gl.constexpr(56)
+# Columns whose first a box may start with: 16 bytes of 16 bits, or of 8.
+_ALIGNED_COLUMNS = gl.constexpr(16)
+# K steps of a stretch, after which the programs wait for each other; and how many before its end it counts as loaded:
+# the news takes its time, and the ring has work for as long.
+_STRETCH = gl.constexpr(16)
+_EARLY_STEPS = gl.constexpr(4)
+# How often a program asks whether the others are as far; each time takes the better part of a microsecond.
+_PATIENCE = gl.constexpr(64)
 
 
 @gluon.jit
 def tile(step, num_m, NUM_N: gl.constexpr, GROUP_M: gl.constexpr):
     """The tile of this program's step: (number, row block, column block), row blocks fastest within GROUP_M of them.
 
-    Neighbouring programs run neighbouring row blocks of one weight tile in step, so that L2 serves a weight line once
-    for all of them. An order that breaks the step costs more in L2 and DRAM traffic than it can save.
+    Programs of one step run neighbouring row blocks of neighbouring columns, side by side (`keep_step`), so that L2
+    serves a line once for many of them. An order that breaks the step costs more in traffic than it can save.
     """
     number = step * gl.num_programs(0) + gl.program_id(0)
     width: gl.constexpr = GROUP_M * NUM_N
@@ -71,6 +79,32 @@ def tile(step, num_m, NUM_N: gl.constexpr, GROUP_M: gl.constexpr):
     # At least 1, for numbers past the last tile.
     group = gl.maximum(gl.minimum(num_m - first_m, GROUP_M), 1)
     return number, first_m + (number % width) % group, (number % width) // group
+
+
+@gluon.jit
+def _first_column(block_n, N: gl.constexpr, BLOCK_N: gl.constexpr):
+    """The first column of out that a tile makes.
+
+    The last tile ends with the last column and makes some of its neighbour's once more, the same to the bit: TMA takes
+    longer to fill a box with zeros than to load it.
+    """
+    if N > BLOCK_N and N % _ALIGNED_COLUMNS == 0:
+        return gl.minimum(block_n * BLOCK_N, N - BLOCK_N)
+    else:
+        return block_n * BLOCK_N
+
+
+@gluon.jit
+def keep_step(progress_ptr, expected, patient):
+    """Waits until `expected` stretches have been loaded, those of all programs counted together; not for ever.
+
+    Programs that are left to themselves drift apart by whole tiles, and what they share is then read from memory again
+    for each of them. It is for speed alone: a program that runs when others do not gives up, and is no longer patient.
+    """
+    polls = 0
+    while (polls < patient) & (gl.load(progress_ptr, volatile=True) < expected):
+        polls += 1
+    return gl.where(polls < patient, patient, 0)
 
 
 @gluon.jit
@@ -82,8 +116,9 @@ def _load_box(weights_desc, bar, box, expert, n, k, N_MAJOR: gl.constexpr):
 
 
 @gluon.jit
-def _load(ring, rows_desc, weights_desc, tile_experts_ptr, num_padded_ptr, N: gl.constexpr, K: gl.constexpr,
-          NUM_N: gl.constexpr, GROUP_M: gl.constexpr, HALVES: gl.constexpr, N_MAJOR: gl.constexpr):  # fmt: skip
+def _load(ring, rows_desc, weights_desc, tile_experts_ptr, num_padded_ptr, progress_ptr, N: gl.constexpr,
+          K: gl.constexpr, NUM_N: gl.constexpr, GROUP_M: gl.constexpr, BLOCK_N: gl.constexpr, HALVES: gl.constexpr,
+          N_MAJOR: gl.constexpr):  # fmt: skip
     """The TMA warp: weights, and the rows of act where there is a descriptor of them."""
     rows_smem, weights_smem, full, empty = ring
     STAGES: gl.constexpr = rows_smem.shape[0]
@@ -98,14 +133,23 @@ def _load(ring, rows_desc, weights_desc, tile_experts_ptr, num_padded_ptr, N: gl
     num_m = gl.load(num_padded_ptr) // BLOCK_M
     index = 0
     step = 0
+    patience = gl.to_tensor(_PATIENCE)
     number, block_m, block_n = tile(step, num_m, NUM_N, GROUP_M)
     expert = gl.load(tile_experts_ptr + gl.maximum(gl.minimum(block_m, num_m - 1), 0))
     while number < num_m * NUM_N:
         next_number, next_block_m, next_block_n = tile(step + 1, num_m, NUM_N, GROUP_M)
         next_expert = expert
+        column = _first_column(block_n, N, BLOCK_N)
+        # The last tiles are not for all programs.
+        together = (step + 1) * gl.num_programs(0) <= num_m * NUM_N
         for k_step in range(K_STEPS):
             stage = index % STAGES
             k = k_step * BLOCK_K
+            if progress_ptr is not None:
+                if (index % _STRETCH == 0) & (index > 0) & together:
+                    patience = keep_step(progress_ptr, index // _STRETCH * gl.num_programs(0), patience)
+                if index % _STRETCH == _STRETCH - 1 - _EARLY_STEPS:
+                    gl.atomic_add(progress_ptr, 1, sem="relaxed")
             mbarrier.wait(empty.index(stage), ((index // STAGES) & 1) ^ 1)
             bar = full.index(stage)
             mbarrier.expect(bar, (LOADED_ROWS + COLUMNS) * BLOCK_K * (weights_desc.dtype.primitive_bitwidth // 8))
@@ -114,11 +158,10 @@ def _load(ring, rows_desc, weights_desc, tile_experts_ptr, num_padded_ptr, N: gl
             box = weights_smem.index(stage)
             if HALVES:
                 HALF: gl.constexpr = COLUMNS // 2
-                n = block_n * HALF
-                _load_box(weights_desc, bar, box.slice(0, HALF, dim=COLUMN_DIM), expert, n, k, N_MAJOR)
-                _load_box(weights_desc, bar, box.slice(HALF, HALF, dim=COLUMN_DIM), expert, N + n, k, N_MAJOR)
+                _load_box(weights_desc, bar, box.slice(0, HALF, dim=COLUMN_DIM), expert, column, k, N_MAJOR)
+                _load_box(weights_desc, bar, box.slice(HALF, HALF, dim=COLUMN_DIM), expert, N + column, k, N_MAJOR)
             else:
-                _load_box(weights_desc, bar, box, expert, block_n * COLUMNS, k, N_MAJOR)
+                _load_box(weights_desc, bar, box, expert, column * (COLUMNS // BLOCK_N), k, N_MAJOR)
             index += 1
             if k_step == PREFETCH_AT:
                 next_expert = gl.load(tile_experts_ptr + gl.maximum(gl.minimum(next_block_m, num_m - 1), 0))
@@ -217,8 +260,8 @@ def _consume(CONSUMER: gl.constexpr, ring, turn, out_smem, out_desc, row_scales,
         mbarrier.arrive(empty.index((first + K_STEPS + STAGES - 1) % STAGES), count=1)
         if row_scales[0] is not None:
             acc *= scales[:, None]
-        _store_tile(acc, out_smem.index(CONSUMER), out_desc, epilogue, block_m, block_n * BLOCK_N, N, GATED,
-                    INTERLEAVED, ACTIVATION, HAS_LIMIT, DTYPE)  # fmt: skip
+        _store_tile(acc, out_smem.index(CONSUMER), out_desc, epilogue, block_m, _first_column(block_n, N, BLOCK_N), N,
+                    GATED, INTERLEAVED, ACTIVATION, HAS_LIMIT, DTYPE)  # fmt: skip
         step += 2
         number, block_m, block_n = tile(step, num_m, NUM_N, GROUP_M)
     tma.store_wait(0)
@@ -335,7 +378,7 @@ def quantize(y, scale):
 ])  # fmt: skip
 def pingpong_kernel(
     x_ptr, rows_desc, weights_desc, row_scale_ptr, weight_scale_ptr, channel_scale_ptr, out_scale_ptr, bias_ptr,
-    router_weights_ptr, out_desc, sorted_routes_ptr, tile_experts_ptr, num_padded_ptr, num_routes,
+    router_weights_ptr, out_desc, sorted_routes_ptr, tile_experts_ptr, num_padded_ptr, progress_ptr, num_routes,
     stride_xm, stride_sm, stride_se, stride_we, stride_oe, stride_be, alpha, limit,
     N: gl.constexpr, K: gl.constexpr, TOP_K: gl.constexpr, ACTIVATION: gl.constexpr, GATED: gl.constexpr,
     INTERLEAVED: gl.constexpr, HAS_LIMIT: gl.constexpr, N_MAJOR: gl.constexpr, DTYPE: gl.constexpr,
@@ -387,6 +430,6 @@ def pingpong_kernel(
                     TOP_K if GATHER else 0, GATED, INTERLEAVED, N_MAJOR, ACTIVATION, HAS_LIMIT, DTYPE,
                     PROXY_FENCE and GATHER)),
         (_gather, (ring, x_ptr, stride_xm, sorted_routes_ptr, num_padded_ptr, num_routes, K, NUM_N, GROUP_M, TOP_K)),
-        (_load, (ring, rows_desc, weights_desc, tile_experts_ptr, num_padded_ptr, N, K, NUM_N, GROUP_M, HALVES,
-                 N_MAJOR)),
+        (_load, (ring, rows_desc, weights_desc, tile_experts_ptr, num_padded_ptr, progress_ptr, N, K, NUM_N, GROUP_M,
+                 BLOCK_N, HALVES, N_MAJOR)),
     ], [4, _GATHER_WARPS, 1], [_CONSUMER_REGISTERS, _PRODUCER_REGISTERS, _PRODUCER_REGISTERS])  # fmt: skip

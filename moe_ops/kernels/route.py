@@ -62,9 +62,10 @@ def _write_tiles(first_tile, starts, padded, counts, tile_experts_ptr, sorted_ro
 
 @triton.jit(do_not_specialize=["num_routes", "max_tiles", "num_ids"])
 def route_small_kernel(
-    ids_ptr, map_ptr, sorted_routes_ptr, tile_experts_ptr, num_padded_ptr, inverse_ptr, num_routes, max_tiles, num_ids,
+    ids_ptr, map_ptr, sorted_routes_ptr, tile_experts_ptr, num_padded_ptr, inverse_ptr, zeroed_ptr,
+    num_routes, max_tiles, num_ids,
     NUM_EXPERTS: tl.constexpr, BINS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_POW2: tl.constexpr,
-    ROUTES: tl.constexpr, CHUNK: tl.constexpr, TILES: tl.constexpr, PDL: tl.constexpr,
+    ROUTES: tl.constexpr, CHUNK: tl.constexpr, TILES: tl.constexpr, ZEROED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """The sort of at most ROUTES routes in one launch: CHUNK routes and TILES row blocks a program.
 
@@ -79,6 +80,8 @@ def route_small_kernel(
     padded, starts = _starts(counts, BINS, NUM_EXPERTS, BLOCK)
     if program == 0:
         tl.store(num_padded_ptr, tl.sum(padded, 0))
+        if zeroed_ptr is not None:
+            tl.store(zeroed_ptr + tl.arange(0, ZEROED), tl.zeros((ZEROED,), tl.int32))
     if program * TILES < max_tiles:
         _write_tiles(program * TILES, starts, padded, counts, tile_experts_ptr, sorted_routes_ptr, num_routes,
                      max_tiles, NUM_EXPERTS, BINS, BLOCK, BLOCK_POW2, TILES)  # fmt: skip
@@ -132,9 +135,9 @@ def scan_kernel(chunk_counts_ptr, counts_ptr, num_chunks, STEP: tl.constexpr, PD
 @triton.jit(do_not_specialize=["num_routes", "num_chunks", "max_tiles"])
 def scatter_kernel(
     ids_ptr, map_ptr, chunk_counts_ptr, counts_ptr, sorted_routes_ptr, tile_experts_ptr, num_padded_ptr, inverse_ptr,
-    num_routes, num_chunks, max_tiles, num_ids,
+    zeroed_ptr, num_routes, num_chunks, max_tiles, num_ids,
     NUM_EXPERTS: tl.constexpr, BINS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_POW2: tl.constexpr,
-    CHUNK: tl.constexpr, TILES: tl.constexpr, PDL: tl.constexpr,
+    CHUNK: tl.constexpr, TILES: tl.constexpr, ZEROED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Rows of a chunk's routes (inverse holds their ranks), and the row blocks this program has to describe."""
     if PDL:
@@ -146,6 +149,8 @@ def scatter_kernel(
     padded, starts = _starts(counts, BINS, NUM_EXPERTS, BLOCK)
     if program == 0:
         tl.store(num_padded_ptr, tl.sum(padded, 0))
+        if zeroed_ptr is not None:
+            tl.store(zeroed_ptr + tl.arange(0, ZEROED), tl.zeros((ZEROED,), tl.int32))
     if program * TILES < max_tiles:
         _write_tiles(program * TILES, starts, padded, counts, tile_experts_ptr, sorted_routes_ptr, num_routes,
                      max_tiles, NUM_EXPERTS, BINS, BLOCK, BLOCK_POW2, TILES)  # fmt: skip

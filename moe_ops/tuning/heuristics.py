@@ -1,5 +1,6 @@
 """Tile sizes from the problem alone. Measured on one H200; see docs/kernels.md."""
 
+import math
 from dataclasses import replace
 
 from moe_ops.devices import Device
@@ -39,7 +40,10 @@ def tile_configs(
         (up, down), with one `block_m`, within the device's shared memory.
     """
     if variant == "pingpong":
-        return pingpong_tiles(problem)
+        up, down = pingpong_tiles(problem)
+        short = problem.intermediate_size <= _SHORT_REDUCTION
+        group = row_group(device.num_sms)
+        return replace(up, group_m=group), (down if short else replace(down, group_m=group))
     if variant == "blockscaled":
         return blockscaled_tiles(problem)
     if variant == "direct":
@@ -63,6 +67,18 @@ def tile_configs(
         if up.swap_ab and rows_per_expert <= 8 and problem.scheme.row_dtype is not None:
             up, down = _few_quantized_rows(rows_per_expert, problem, up, down)
     return fit(up, device, itemsize, gated=problem.activation.gated), fit(down, device, itemsize, gated=False)
+
+
+def row_group(programs: int) -> int:
+    """Row blocks that programs side by side have, where each has a tile of 64 rows and 256 rows of weights.
+
+    R row blocks by C blocks of weights, R * C the number of programs, read 64 R + 256 C rows together: least where
+    R = 2 sqrt(R * C). A divisor of the number of programs makes all of their steps alike.
+    """
+    ideal = 2 * math.sqrt(programs)
+    divisors = [n for n in range(1, programs + 1) if programs % n == 0]
+    nearest = min(divisors, key=lambda n: abs(math.log(n / ideal)))
+    return nearest if 2 / 3 < nearest / ideal < 3 / 2 else round(ideal)
 
 
 def _gemv(problem: Problem) -> tuple[TileConfig, TileConfig]:

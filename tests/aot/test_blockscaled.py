@@ -44,12 +44,13 @@ def compile_pair(block_m, **options):
     up, down = (replace(tile, block_m=block_m) for tile in blockscaled_tiles(problem))
     plan = replace(make_plan(problem, DEVICES[90]), variant="blockscaled", up=up, down=down)
     routing = empty_routing(args.topk_ids, problem.num_experts, block_m)
+    progress = torch.zeros(1, dtype=torch.int32)
     x = quantized(problem.num_tokens, problem.hidden_size)
     act = quantized(routing.sorted_routes.numel(), problem.intermediate_size)
     rows = torch.zeros(len(act.values), row_stride(problem.hidden_size), dtype=problem.dtype)[:, : problem.hidden_size]
     with compiling(90) as launches:
-        blockscaled.up(args, problem, plan, routing, args.topk_weights, x, act)
-        blockscaled.down(args, problem, plan, routing, act, rows)
+        blockscaled.up(args, problem, plan, routing, progress, args.topk_weights, x, act)
+        blockscaled.down(args, problem, plan, routing, progress, act, rows)
     return [report(name, kernel) for name, (_, kernel) in zip(("up", "down"), launches, strict=True)]
 
 

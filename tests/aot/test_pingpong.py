@@ -68,6 +68,7 @@ def compile_pair(**options):
         plan = make_plan(problem, DEVICES[90])
     assert plan.variant == "pingpong"
     routing = empty_routing(args.topk_ids, problem.num_experts, plan.block_m)
+    progress = torch.zeros(1, dtype=torch.int32)
     up_act, rows = (
         args.hidden_states.new_zeros(routing.sorted_routes.numel(), row_stride(columns))[:, :columns]
         for columns in (problem.intermediate_size, problem.hidden_size)
@@ -80,8 +81,8 @@ def compile_pair(**options):
             act = ScaledRows(act.values, args.a2_scale, stride_expert=int(problem.scheme.act == "expert"))
             up_act = act.values
     with compiling(90) as launches:
-        pingpong.up(args, problem, plan, routing, args.topk_weights, x, up_act, args.a2_scale)
-        pingpong.down(args, problem, plan, routing, act, rows)
+        pingpong.up(args, problem, plan, routing, progress, args.topk_weights, x, up_act, args.a2_scale)
+        pingpong.down(args, problem, plan, routing, progress, act, rows)
     return [report(name, kernel) for name, (_, kernel) in zip(("up", "down"), launches, strict=True)]
 
 
