@@ -29,7 +29,7 @@ def up(args: Arguments, problem: Problem, plan: Plan, routing: Routing, progress
         problem: its description.
         plan: of variant "blockscaled".
         routing: the sorted routes, blocks of `plan.block_m`.
-        progress: int32, zero: counts the tiles that have been loaded; see `kernels.pingpong.keep_step`.
+        progress: int32, zero: counts the tiles that have been loaded; see `kernels.persistent.keep_step`.
         router_weights: [M, top_k], contiguous.
         x: the hidden states, e4m3 with a scale per group of 128 columns.
         act: [max_rows, I], e4m3, rows 16 bytes aligned; values and scales are written, those of padding rows included.
@@ -50,13 +50,13 @@ def down(args: Arguments, problem: Problem, plan: Plan, routing: Routing, progre
         problem: its description.
         plan: of variant "blockscaled".
         routing: the sorted routes, blocks of `plan.block_m`.
-        progress: int32, zero: counts the tiles that have been loaded; see `kernels.pingpong.keep_step`.
+        progress: int32, zero: counts the tiles that have been loaded; see `kernels.persistent.keep_step`.
         act: [max_rows, I], what `up` wrote.
         rows: [max_rows, H], rows 16 bytes aligned; written, padding rows included.
     """
     _launch(
-        act, False, args.w2, args.w2_scale, args.w2_bias, None, ScaledRows(rows), routing, progress, problem, plan, "down",
-        K=problem.intermediate_size, ACTIVATION=None, GATED=False, INTERLEAVED=False, HAS_LIMIT=False,
+        act, False, args.w2, args.w2_scale, args.w2_bias, None, ScaledRows(rows), routing, progress, problem, plan,
+        "down", K=problem.intermediate_size, ACTIVATION=None, GATED=False, INTERLEAVED=False, HAS_LIMIT=False,
     )  # fmt: skip
 
 

@@ -38,7 +38,7 @@ def up(args: Arguments, problem: Problem, plan: Plan, routing: Routing, progress
         problem: its description.
         plan: of variant "pingpong".
         routing: the sorted routes, blocks of 64.
-        progress: int32, zero: counts the tiles that have been loaded; see `kernels.pingpong.keep_step`.
+        progress: int32, zero: counts the tiles that have been loaded; see `kernels.persistent.keep_step`.
         router_weights: [M, top_k], contiguous.
         x: the hidden states, quantised where w1 is.
         act: [max_rows, I], rows 16 bytes aligned; written, padding rows included. In the compute dtype, or in fp8.
@@ -46,8 +46,8 @@ def up(args: Arguments, problem: Problem, plan: Plan, routing: Routing, progress
     """
     _launch(
         x._replace(values=copyable(x.values)), True, args.w1, args.w1_scale, args.w1_bias,
-        router_weights if problem.router_weight_on_input else None, act, act_scale, routing, progress, problem, plan, "up",
-        K=problem.hidden_size, **activation_constexprs(problem),
+        router_weights if problem.router_weight_on_input else None, act, act_scale, routing, progress, problem, plan,
+        "up", K=problem.hidden_size, **activation_constexprs(problem),
     )  # fmt: skip
 
 
@@ -60,7 +60,7 @@ def down(args: Arguments, problem: Problem, plan: Plan, routing: Routing, progre
         problem: its description.
         plan: of variant "pingpong".
         routing: the sorted routes, blocks of 64.
-        progress: int32, zero: counts the tiles that have been loaded; see `kernels.pingpong.keep_step`.
+        progress: int32, zero: counts the tiles that have been loaded; see `kernels.persistent.keep_step`.
         act: [max_rows, I], rows 16 bytes aligned, quantised where w2 is.
         rows: [max_rows, H], rows 16 bytes aligned; written, padding rows included.
     """
@@ -72,7 +72,8 @@ def down(args: Arguments, problem: Problem, plan: Plan, routing: Routing, progre
 
 def _launch(rows: ScaledRows, gather: bool, weight: Tensor, weight_scale: Tensor | None, bias: Tensor | None,
             router_weights: Tensor | None, out: Tensor, out_scale: Tensor | None, routing: Routing, progress: Tensor,
-            problem: Problem, plan: Plan, name: str, *, GATED: bool, INTERLEAVED: bool, **constexprs) -> None:  # fmt: skip
+            problem: Problem, plan: Plan, name: str, *, GATED: bool, INTERLEAVED: bool, **constexprs
+            ) -> None:  # fmt: skip
     config = plan.up if name == "up" else plan.down
     columns = config.block_n * 2 if GATED else config.block_n
     box = columns // 2 if GATED and not INTERLEAVED else columns

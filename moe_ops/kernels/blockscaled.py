@@ -45,22 +45,19 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from moe_ops.kernels.activation import activate_gated, nonlinearity
 from moe_ops.kernels.compat import block_barrier, cp_async, tma_load
-from moe_ops.kernels.pingpong import affine, halves, keep_step, quantize, store_box, tile
+from moe_ops.kernels.epilogue import affine, halves, store_box, store_group
+from moe_ops.kernels.persistent import PATIENCE, STRETCH, keep_step, tile
 
 # Elements of a group of a row, of either side of a block of weights, and columns of a partial sum.
 _GROUP = gl.constexpr(128)
 _CONSUMER_ROWS = gl.constexpr(64)
-# As in the ping-pong kernel, for rings that hold fewer steps.
-_STRETCH = gl.constexpr(16)
+# K steps before the end of a stretch at which it counts as loaded; the rings hold fewer than that of ping-pong.
 _EARLY_STEPS = gl.constexpr(2)
-_PATIENCE = gl.constexpr(64)
 # Stages of a consumer's ring of rows.
 _ROWS_STAGES = gl.constexpr(3)
 # Registers of the threads of consumer 1 and of the other roles; consumer 0 gets what is left.
 _UP_REGISTERS = gl.constexpr((224, 56))
 _DOWN_REGISTERS = gl.constexpr((232, 40))
-_LARGEST_FLOAT = gl.constexpr(3.4028234663852886e38)
-_SMALLEST_NORMAL = gl.constexpr(1.1754943508222875e-38)
 
 
 @gluon.jit
@@ -73,8 +70,8 @@ def _next(stage, phase, STAGES: gl.constexpr):
 
 @gluon.jit
 def _weights(CONSUMER: gl.constexpr, ring, weights_desc, tile_experts_ptr, num_padded_ptr, progress_ptr,
-             N: gl.constexpr, K: gl.constexpr, NUM_N: gl.constexpr, GROUP_M: gl.constexpr, HALVES: gl.constexpr, BLOCK_M: gl.constexpr,
-             SPLIT: gl.constexpr):  # fmt: skip
+             N: gl.constexpr, K: gl.constexpr, NUM_N: gl.constexpr, GROUP_M: gl.constexpr, HALVES: gl.constexpr,
+             BLOCK_M: gl.constexpr, SPLIT: gl.constexpr):  # fmt: skip
     """The TMA warp of a ring of weights: both halves of every K step of the consumer's tiles."""
     if CONSUMER == 0 or not SPLIT:
         weights_smem, full, empty = ring
@@ -87,7 +84,7 @@ def _weights(CONSUMER: gl.constexpr, ring, weights_desc, tile_experts_ptr, num_p
         phase = 1
         index = 0
         step = CONSUMER
-        patience = gl.to_tensor(_PATIENCE)
+        patience = gl.to_tensor(PATIENCE)
         number, block_m, block_n = tile(step, num_m, NUM_N, GROUP_M)
         expert = gl.load(tile_experts_ptr + gl.maximum(gl.minimum(block_m, num_m - 1), 0))
         while number < num_m * NUM_N:
@@ -98,9 +95,9 @@ def _weights(CONSUMER: gl.constexpr, ring, weights_desc, tile_experts_ptr, num_p
             together = (step + STRIDE) * gl.num_programs(0) <= num_m * NUM_N
             for k_step in range(K_STEPS):
                 if progress_ptr is not None:
-                    if (index % _STRETCH == 0) & (index > 0) & together:
-                        patience = keep_step(progress_ptr, index // _STRETCH * STRIDE * gl.num_programs(0), patience)
-                    if index % _STRETCH == _STRETCH - 1 - _EARLY_STEPS:
+                    if (index % STRETCH == 0) & (index > 0) & together:
+                        patience = keep_step(progress_ptr, index // STRETCH * STRIDE * gl.num_programs(0), patience)
+                    if index % STRETCH == STRETCH - 1 - _EARLY_STEPS:
                         gl.atomic_add(progress_ptr, 1, sem="relaxed")
                 index += 1
                 for half in gl.static_range(2):
@@ -198,28 +195,27 @@ def _consume(CONSUMER: gl.constexpr, rows_ring, weights_ring, out_smem, out_desc
         row = block_m * BLOCK_M + (CONSUMER * _CONSUMER_ROWS if SPLIT else 0)
         rows = row + gl.arange(0, _CONSUMER_ROWS, gl.SliceLayout(1, LAYOUT))
         row_mask = rows >= 0
-        # A weight's scale is asked for by every row: what all threads knew to have in common would go to the registers
-        # that a warp shares, and a warp waits for those as soon as it has asked.
-        expert_scale_ptrs = weight_scale_ptr + expert * stride_we + (rows >> 31)
+        # Always 0, which the compiler does not know. See `_weight_scale`.
+        own = rows >> 31
         if TOP_K:
             routes = gl.load(sorted_routes_ptr + rows)
             row_mask = routes < num_routes
             rows = routes // TOP_K
         row_scale_ptrs = row_scale_ptr + rows.to(gl.int64) * stride_sm
+        expert_scale_ptr = weight_scale_ptr + expert * stride_we
         first = _weight_row(block_n, 0, N, HALVES)
         second = _weight_row(block_n, 1, N, HALVES)
-        ptrs0 = expert_scale_ptrs + (first // _GROUP).to(gl.int64) * stride_wn
-        ptrs1 = expert_scale_ptrs + (second // _GROUP).to(gl.int64) * stride_wn
-        ptrs2 = ptrs1 + stride_wn
+        ptr0 = expert_scale_ptr + (first // _GROUP).to(gl.int64) * stride_wn
+        ptr1 = expert_scale_ptr + (second // _GROUP).to(gl.int64) * stride_wn
+        ptr2 = ptr1 + stride_wn
         # Rows of weights that do not exist are zeros, and so are their scales.
-        row_scale = gl.load(row_scale_ptrs, mask=row_mask, other=0.0)
-        scale0 = _weight_scale(ptrs0, first < WEIGHT_ROWS)
-        scale1 = _weight_scale(ptrs1, second < WEIGHT_ROWS)
-        scale2 = _weight_scale(ptrs2, second + CUT < WEIGHT_ROWS)
         next_row_scale = gl.load(row_scale_ptrs, mask=row_mask, other=0.0)
-        next_scale0 = _weight_scale(ptrs0, first < WEIGHT_ROWS)
-        next_scale1 = _weight_scale(ptrs1, second < WEIGHT_ROWS)
-        next_scale2 = _weight_scale(ptrs2, second + CUT < WEIGHT_ROWS)
+        next_scale0 = _weight_scale(ptr0, own, first < WEIGHT_ROWS)
+        next_scale1 = _weight_scale(ptr1, own, second < WEIGHT_ROWS)
+        next_scale2 = _weight_scale(ptr2, own, second + CUT < WEIGHT_ROWS)
+        factor0 = next_row_scale * next_scale0
+        factor1 = next_row_scale * next_scale1
+        factor2 = next_row_scale * next_scale2
         acc0 = gl.zeros((_CONSUMER_ROWS, _GROUP), gl.float32, LAYOUT)
         acc1 = gl.zeros((_CONSUMER_ROWS, _GROUP), gl.float32, LAYOUT)
         # Not `= a`: Triton 3.6 does not carry a name that has the same value before a loop and first in it.
@@ -248,22 +244,22 @@ def _consume(CONSUMER: gl.constexpr, rows_ring, weights_ring, out_smem, out_desc
             mbarrier.wait(weights_full.index(WEIGHTS_FIRST + b), b_phase, pred=more)
             partial = warpgroup_mma_wait(0, deps=(pending,))
             if half == 0:
-                acc0 += partial * (row_scale * scale0)[:, None]
+                acc0 += partial * factor0[:, None]
                 group = gl.minimum(turn // 2 + 1, K_STEPS - 1).to(gl.int64)
                 next_row_scale = gl.load(row_scale_ptrs + group * stride_sg, mask=row_mask, other=0.0)
-                next_scale0 = _weight_scale(ptrs0 + group * stride_wk, first < WEIGHT_ROWS)
-                next_scale1 = _weight_scale(ptrs1 + group * stride_wk, second < WEIGHT_ROWS)
+                next_scale0 = _weight_scale(ptr0 + group * stride_wk, own, first < WEIGHT_ROWS)
+                next_scale1 = _weight_scale(ptr1 + group * stride_wk, own, second < WEIGHT_ROWS)
                 if CUT != _GROUP:
-                    next_scale2 = _weight_scale(ptrs2 + group * stride_wk, second + CUT < WEIGHT_ROWS)
+                    next_scale2 = _weight_scale(ptr2 + group * stride_wk, own, second + CUT < WEIGHT_ROWS)
             else:
-                factor = (row_scale * scale1)[:, None]
+                factor = factor1[:, None]
                 if CUT != _GROUP:
-                    factor = gl.where(before_cut, factor, (row_scale * scale2)[:, None])
+                    factor = gl.where(before_cut, factor, factor2[:, None])
                 acc1 += partial * factor
-                row_scale = next_row_scale
-                scale0 = next_scale0
-                scale1 = next_scale1
-                scale2 = next_scale2
+                factor0 = next_row_scale * next_scale0
+                factor1 = next_row_scale * next_scale1
+                if CUT != _GROUP:
+                    factor2 = next_row_scale * next_scale2
                 if FENCE:
                     # cp.async writes through the generic proxy and wgmma reads through the async proxy; see pingpong.
                     fence_async_shared()
@@ -277,8 +273,13 @@ def _consume(CONSUMER: gl.constexpr, rows_ring, weights_ring, out_smem, out_desc
 
 
 @gluon.jit
-def _weight_scale(ptrs, exists):
-    return gl.load(ptrs, mask=exists, other=0.0).to(gl.float32)
+def _weight_scale(ptr, own, exists):
+    """A weight's scale, asked for by every row by itself.
+
+    What all threads were known to have in common would go to a register that a warp shares, and a warp waits for such
+    a load at once, instead of a K step later.
+    """
+    return gl.load(ptr + own, mask=exists, other=0.0).to(gl.float32)
 
 
 @gluon.jit
@@ -307,8 +308,10 @@ def _store_tile(acc0, acc1, out_smem, out_desc, epilogue, expert, row, block_n, 
                 store_box(left, out_smem, out_desc, row, (2 * block_n + half) * _GROUP)
                 store_box(right, out_smem, out_desc, row, (2 * block_n + half) * _GROUP + _GROUP // 2)
             else:
-                left, right = halves(nonlinearity(y, ACTIVATION, alpha).to(DTYPE))
-                _store_group(left, right, out_smem, out_desc, act_scales, row, 2 * block_n + half, N)
+                left, right = halves(y)
+                left = nonlinearity(left, ACTIVATION, alpha).to(DTYPE)
+                right = nonlinearity(right, ACTIVATION, alpha).to(DTYPE)
+                store_group(left, right, out_smem, out_desc, act_scales, row, 2 * block_n + half, N)
     else:
         MIDDLE: gl.constexpr = _GROUP // 2
         for side in gl.static_range(2):
@@ -326,25 +329,7 @@ def _store_tile(acc0, acc1, out_smem, out_desc, epilogue, expert, row, block_n, 
                 y = gl.where((columns < N)[None, :], y, 0.0)
             if side == 0:
                 left = y
-        _store_group(left, y, out_smem, out_desc, act_scales, row, block_n, N)
-
-
-@gluon.jit
-def _store_group(left, right, out_smem, out_desc, act_scales, row, group, N: gl.constexpr):
-    """Stores a group of 128 columns in fp8, with a scale a row from their maximum."""
-    act_scale_ptr, stride_am, stride_ag = act_scales
-    left, right = left.to(gl.float32), right.to(gl.float32)
-    # The bits of a larger absolute value are a larger integer, and those of a NaN the largest.
-    bits = gl.maximum(gl.max(gl.abs(left).to(gl.int32, bitcast=True), 1),
-                      gl.max(gl.abs(right).to(gl.int32, bitcast=True), 1))  # fmt: skip
-    largest = bits.to(gl.float32, bitcast=True)
-    scale = gl.maximum(gl.div_rn(gl.minimum(largest, _LARGEST_FLOAT), 448.0), _SMALLEST_NORMAL)
-    scale = gl.where(largest != largest, largest, scale)
-    rows = row + gl.arange(0, left.shape[0], gl.SliceLayout(1, left.type.layout))
-    gl.store(act_scale_ptr + rows.to(gl.int64) * stride_am + group.to(gl.int64) * stride_ag, scale,
-             mask=(rows >= 0) & (group < triton.cdiv(N, _GROUP)))  # fmt: skip
-    store_box(quantize(left, scale[:, None]), out_smem, out_desc, row, group * _GROUP)
-    store_box(quantize(right, scale[:, None]), out_smem, out_desc, row, group * _GROUP + _GROUP // 2)
+        store_group(left, y, out_smem, out_desc, act_scales, row, block_n, N)
 
 
 @gluon.jit(do_not_specialize=[

@@ -49,62 +49,17 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from moe_ops.kernels.activation import activate_gated, nonlinearity
-from moe_ops.kernels.compat import block_barrier, cp_async, tma_load, tma_store
+from moe_ops.kernels.compat import block_barrier, cp_async, tma_load
+from moe_ops.kernels.epilogue import affine, halves, quantize, store_box
+from moe_ops.kernels.persistent import PATIENCE, STRETCH, first_column, keep_step, tile
 
 # More warps than 12 would cap a thread at 128 registers when the program starts, too few for wgmma of 256 columns.
 _GATHER_WARPS = gl.constexpr(2)
 # Registers of the threads of consumer 1, _gather and _load; consumer 0 gets what is left (232).
 _CONSUMER_REGISTERS = gl.constexpr(216)
 _PRODUCER_REGISTERS = gl.constexpr(56)
-# Columns whose first a box may start with: 16 bytes of 16 bits, or of 8.
-_ALIGNED_COLUMNS = gl.constexpr(16)
-# K steps of a stretch, after which the programs wait for each other; and how many before its end it counts as loaded:
-# the news takes its time, and the ring has work for as long.
-_STRETCH = gl.constexpr(16)
+# K steps before the end of a stretch at which it counts as loaded: the ring has work while the news gets round.
 _EARLY_STEPS = gl.constexpr(4)
-# How often a program asks whether the others are as far; each time takes the better part of a microsecond.
-_PATIENCE = gl.constexpr(64)
-
-
-@gluon.jit
-def tile(step, num_m, NUM_N: gl.constexpr, GROUP_M: gl.constexpr):
-    """The tile of this program's step: (number, row block, column block), row blocks fastest within GROUP_M of them.
-
-    Programs of one step run neighbouring row blocks of neighbouring columns, side by side (`keep_step`), so that L2
-    serves a line once for many of them. An order that breaks the step costs more in traffic than it can save.
-    """
-    number = step * gl.num_programs(0) + gl.program_id(0)
-    width: gl.constexpr = GROUP_M * NUM_N
-    first_m = (number // width) * GROUP_M
-    # At least 1, for numbers past the last tile.
-    group = gl.maximum(gl.minimum(num_m - first_m, GROUP_M), 1)
-    return number, first_m + (number % width) % group, (number % width) // group
-
-
-@gluon.jit
-def _first_column(block_n, N: gl.constexpr, BLOCK_N: gl.constexpr):
-    """The first column of out that a tile makes.
-
-    The last tile ends with the last column and makes some of its neighbour's once more, the same to the bit: TMA takes
-    longer to fill a box with zeros than to load it.
-    """
-    if N > BLOCK_N and N % _ALIGNED_COLUMNS == 0:
-        return gl.minimum(block_n * BLOCK_N, N - BLOCK_N)
-    else:
-        return block_n * BLOCK_N
-
-
-@gluon.jit
-def keep_step(progress_ptr, expected, patient):
-    """Waits until `expected` stretches have been loaded, those of all programs counted together; not for ever.
-
-    Programs that are left to themselves drift apart by whole tiles, and what they share is then read from memory again
-    for each of them. It is for speed alone: a program that runs when others do not gives up, and is no longer patient.
-    """
-    polls = 0
-    while (polls < patient) & (gl.load(progress_ptr, volatile=True) < expected):
-        polls += 1
-    return gl.where(polls < patient, patient, 0)
 
 
 @gluon.jit
@@ -133,22 +88,22 @@ def _load(ring, rows_desc, weights_desc, tile_experts_ptr, num_padded_ptr, progr
     num_m = gl.load(num_padded_ptr) // BLOCK_M
     index = 0
     step = 0
-    patience = gl.to_tensor(_PATIENCE)
+    patience = gl.to_tensor(PATIENCE)
     number, block_m, block_n = tile(step, num_m, NUM_N, GROUP_M)
     expert = gl.load(tile_experts_ptr + gl.maximum(gl.minimum(block_m, num_m - 1), 0))
     while number < num_m * NUM_N:
         next_number, next_block_m, next_block_n = tile(step + 1, num_m, NUM_N, GROUP_M)
         next_expert = expert
-        column = _first_column(block_n, N, BLOCK_N)
+        column = first_column(block_n, N, BLOCK_N)
         # The last tiles are not for all programs.
         together = (step + 1) * gl.num_programs(0) <= num_m * NUM_N
         for k_step in range(K_STEPS):
             stage = index % STAGES
             k = k_step * BLOCK_K
             if progress_ptr is not None:
-                if (index % _STRETCH == 0) & (index > 0) & together:
-                    patience = keep_step(progress_ptr, index // _STRETCH * gl.num_programs(0), patience)
-                if index % _STRETCH == _STRETCH - 1 - _EARLY_STEPS:
+                if (index % STRETCH == 0) & (index > 0) & together:
+                    patience = keep_step(progress_ptr, index // STRETCH * gl.num_programs(0), patience)
+                if index % STRETCH == STRETCH - 1 - _EARLY_STEPS:
                     gl.atomic_add(progress_ptr, 1, sem="relaxed")
             mbarrier.wait(empty.index(stage), ((index // STAGES) & 1) ^ 1)
             bar = full.index(stage)
@@ -260,7 +215,7 @@ def _consume(CONSUMER: gl.constexpr, ring, turn, out_smem, out_desc, row_scales,
         mbarrier.arrive(empty.index((first + K_STEPS + STAGES - 1) % STAGES), count=1)
         if row_scales[0] is not None:
             acc *= scales[:, None]
-        _store_tile(acc, out_smem.index(CONSUMER), out_desc, epilogue, block_m, _first_column(block_n, N, BLOCK_N), N,
+        _store_tile(acc, out_smem.index(CONSUMER), out_desc, epilogue, block_m, first_column(block_n, N, BLOCK_N), N,
                     GATED, INTERLEAVED, ACTIVATION, HAS_LIMIT, DTYPE)  # fmt: skip
         step += 2
         number, block_m, block_n = tile(step, num_m, NUM_N, GROUP_M)
@@ -329,48 +284,6 @@ def _store_tile(acc, out_smem, out_desc, epilogue, block_m, n, N: gl.constexpr, 
         if out_scale_ptr is not None:
             y = quantize(y.to(DTYPE).to(gl.float32), out_scale)
         store_box(y, out_smem, out_desc, row, column)
-
-
-@gluon.jit
-def store_box(y, out_smem, out_desc, row, column):
-    """Stores a box of the result from registers, by TMA."""
-    # The buffer is free once the store before this one has read it.
-    tma.store_wait(0)
-    block_barrier()
-    out_smem.store(y.to(out_desc.dtype))
-    fence_async_shared()
-    block_barrier()
-    tma_store(out_desc, [row, column], out_smem)
-
-
-@gluon.jit
-def halves(x):
-    """[M, N] -> its left and right halves; in registers, since a thread of wgmma has columns of both."""
-    return x.reshape((x.shape[0], 2, x.shape[1] // 2)).permute((0, 2, 1)).split()
-
-
-@gluon.jit
-def affine(x, channels, column, N: gl.constexpr):
-    """x * scale[column...] + bias[column...] in fp32; columns from N on do not exist."""
-    scale_ptr, bias_ptr = channels
-    columns = column + gl.arange(0, x.shape[1], gl.SliceLayout(0, x.type.layout))
-    if scale_ptr is not None:
-        x *= gl.load(scale_ptr + columns, mask=columns < N).to(gl.float32)[None, :]
-    if bias_ptr is not None:
-        x += gl.load(bias_ptr + columns, mask=columns < N, other=0.0).to(gl.float32)[None, :]
-    return x
-
-
-@gluon.jit
-def quantize(y, scale):
-    """clamp(y / scale, -448, 448) in fp32; as in torch.clamp a NaN stays a NaN.
-
-    The division is rounded to nearest by a step from an approximation, far shorter than the instruction for it.
-    """
-    reciprocal = gl.div_rn(1.0, scale)
-    q = y * reciprocal
-    near = gl.fma(gl.fma(-q, scale, y), reciprocal, q)
-    return gl.where(q > 448.0, 448.0, gl.where(q < -448.0, -448.0, near))
 
 
 @gluon.jit(do_not_specialize=[

@@ -15,16 +15,14 @@ _COPY_BYTES = 16
 # As `Plan.variant`.
 VARIANTS = ("direct", "sorted", "pingpong", "blockscaled")
 
-# Rows an expert can expect above which the ping-pong kernel is ahead; later where the down GEMM's reduction is short
-# and its ring is refilled for every tile. Measured on an H200, see docs/kernels.md.
+# Rows an expert can expect above which the ping-pong kernel is ahead. Measured, see docs/kernels.md.
 _PINGPONG_ROWS = 64
-_PINGPONG_ROWS_SHORT, _SHORT_REDUCTION = 128, 512
 # The same for fp8: the general kernel has its scales in the way, and more so the more rows there are.
 _QUANTIZED_ROWS = 16
 # Weights of one token's routes up to which quantised ones are multiplied without a sort.
 _DIRECT_WEIGHTS = 60_000_000
 # Rows an expert can expect above which the block-scaled kernel's row block is 128: less traffic, but more padding.
-_BLOCKSCALED_SPLIT_ROWS = 2000
+_BLOCKSCALED_SPLIT_ROWS = 400
 
 
 def expected_rows(problem: Problem) -> float:
@@ -43,12 +41,7 @@ def choose_variant(problem: Problem, device: Device, path: str, *, batch_invaria
         return "sorted"
     if problem.num_tokens == 1 and problem.w1_strides[2] == 1 == problem.w2_strides[2] and _few_weights(problem):
         return "direct"
-    if problem.scheme.quantized:
-        least = _QUANTIZED_ROWS
-    else:
-        short = problem.intermediate_size <= _SHORT_REDUCTION
-        least = _PINGPONG_ROWS_SHORT if short else _PINGPONG_ROWS
-    if expected_rows(problem) > least:
+    if expected_rows(problem) > (_QUANTIZED_ROWS if problem.scheme.quantized else _PINGPONG_ROWS):
         for variant in ("pingpong", "blockscaled"):
             if variant_obstacle(variant, problem, device, path) is None:
                 return variant

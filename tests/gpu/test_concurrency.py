@@ -12,9 +12,10 @@ import torch
 import moe_ops
 from moe_ops import plans
 from moe_ops.arguments import Arguments
-from moe_ops.testing import assert_correct, random_inputs
+from moe_ops.testing import assert_correct, override, random_inputs
 from tests.cases import run
 from tests.gpu.repeats import SHAPES
+from tests.quantized import quantized_case
 
 MODEL = {"experts": 16, "top_k": 4, "device": "cuda", **SHAPES[0]}
 GIGABYTE = 2**30
@@ -28,6 +29,30 @@ def first_tokens(args: Arguments, count: int) -> Arguments:
 
 def explain(args: Arguments) -> moe_ops.Plan:
     return plans.plan(args)[1]
+
+
+@pytest.mark.parametrize("progress", [-(2**30), 2**30], ids=["nobody comes", "all are far ahead"])
+@pytest.mark.parametrize("form", [None, "fp8_block"])
+def test_programs_that_wait_in_vain(form, progress, monkeypatch):
+    """The counters by which programs keep in step are for speed: with wrong ones a result is as it was, and in time."""
+    from moe_ops.backends import pipeline
+
+    sizes = {"num_tokens": 3000, "hidden": 1024, "intermediate": 1152, "experts": 8, "top_k": 2}
+    args = quantized_case(form, torch.bfloat16, "cuda", **sizes) if form else random_inputs(device="cuda", **sizes)
+    variant = "blockscaled" if form else "pingpong"
+    sort = pipeline.sort_routes
+
+    def sort_and_spoil(*sort_args):
+        routing = sort(*sort_args)
+        sort_args[-1].fill_(progress)
+        return routing
+
+    with override(path="tma", variant=variant):
+        expected = run(args)
+        monkeypatch.setattr(pipeline, "sort_routes", sort_and_spoil)
+        out = run(args)
+    assert_correct(expected, args)
+    assert torch.equal(out, expected)
 
 
 THREADS, CALLS = 4, 200

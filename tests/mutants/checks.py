@@ -226,6 +226,7 @@ PINGPONG = {
     "pingpong plain": partial(pingpong, "plain"),
     "pingpong biases_interleaved": partial(pingpong, "biases_interleaved"),
     "pingpong n_major": partial(pingpong, "n_major"),
+    "pingpong last columns": partial(pingpong, "plain", hidden=272, intermediate=144),
     "pingpong many K steps": partial(pingpong, "plain", num_tokens=3000, hidden=1032, intermediate=1096),
 }
 BLOCKSCALED = {

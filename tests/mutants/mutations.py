@@ -358,7 +358,12 @@ GPU_MUTATIONS = [
         "a tile multiplies with the expert of the tile before", "pingpong many K steps",
     ),
     Mutation(
-        "bias_past_n", "pingpong", "mask=columns < N, other=0.0", "mask=columns < N - 1, other=0.0",
+        "last_columns_stored_elsewhere", "pingpong", "block_m, first_column(block_n, N, BLOCK_N), N,",
+        "block_m, block_n * BLOCK_N, N,", "the last tile is stored where one of whole columns would be",
+        "pingpong last columns",
+    ),
+    Mutation(
+        "bias_past_n", "epilogue", "mask=columns < N, other=0.0", "mask=columns < N - 1, other=0.0",
         "the last column has no bias", "pingpong biases_interleaved",
     ),
     Mutation(
@@ -374,15 +379,15 @@ GPU_MUTATIONS = [
         "rows are multiplied before they are there", "blockscaled many K steps",
     ),
     Mutation(
-        "blockscaled_promotion_lost", "blockscaled", "acc0 += partial * (row_scale * scale0)",
-        "acc0 = partial * (row_scale * scale0)", "only the last 128 columns count", "blockscaled fp8_block",
+        "blockscaled_promotion_lost", "blockscaled", "acc0 += partial * factor0",
+        "acc0 = partial * factor0", "only the last 128 columns count", "blockscaled fp8_block",
     ),
     Mutation(
-        "blockscaled_scale_of_the_other_half", "blockscaled", "factor = (row_scale * scale1)[:, None]",
-        "factor = (row_scale * scale0)[:, None]", "the up half by the scale of the gate's", "blockscaled fp8_block",
+        "blockscaled_scale_of_the_other_half", "blockscaled", "factor = factor1[:, None]",
+        "factor = factor0[:, None]", "the up half by the scale of the gate's", "blockscaled fp8_block",
     ),
     Mutation(
-        "blockscaled_cut_ignored", "blockscaled", "gl.where(before_cut, factor, (row_scale * scale2)[:, None])",
+        "blockscaled_cut_ignored", "blockscaled", "gl.where(before_cut, factor, factor2[:, None])",
         "factor", "the up half by the scale of the block that it begins in", "blockscaled fp8_block",
     ),
 ]

@@ -46,7 +46,9 @@ def test_activation(activation, options, expected):
         args.w2 = functional.one_hot(torch.tensor([[index]]), 32).float().view(1, 1, 32)
         want = expected(gate[index, 0].double(), up[index, 0].double())
         torch.testing.assert_close(fused_moe_reference(args)[0, 0], want, rtol=1e-6, atol=1e-6)
-        torch.testing.assert_close(run(args)[0, 0].double(), want, rtol=1e-5, atol=1e-6)
+        # gelu cancels in float32: 1 + erf is exact to half an ulp of 1, and the up half multiplies that error too.
+        atol = 1e-6 * max(1, abs(up[index, 0].item()) if gated else 1)
+        torch.testing.assert_close(run(args)[0, 0].double(), want, rtol=1e-5, atol=atol)
 
 
 @pytest.mark.parametrize("name", OPTIONS)
