@@ -2,6 +2,7 @@
 
 import contextlib
 import contextvars
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
@@ -16,6 +17,10 @@ _TMA_ALIGNMENT = 16
 _ROW_UNIT = 16
 _FP8_CAPABILITY = (8, 9)
 _INTERPRETER_CURE = "set TRITON_INTERPRET=1 before the process starts to run Triton kernels on the CPU"
+
+# Variants whose programs run many tiles, and keep in step by counters: one a GEMM, each in a line of the L2 of its own.
+PERSISTENT = ("pingpong", "blockscaled")
+PROGRESS = (2, 32)
 
 
 @dataclass(frozen=True)
@@ -163,6 +168,8 @@ def _workspace_bytes(problem: Problem, plan: Plan) -> int:
     if scheme.act:
         quantized += _quantized_bytes(plan.max_rows, problem.intermediate_size, scheme.act)
     sort = routing.workspace_bytes(problem.num_routes, problem.num_experts, plan.block_m)
+    if plan.variant in PERSISTENT:
+        sort += 4 * math.prod(PROGRESS)
     return act + rows + quantized + sort
 
 

@@ -22,7 +22,7 @@ from moe_ops.backends.launch import (
 )
 from moe_ops.backends.routing import sort_routes
 from moe_ops.backends.scaled import ScaledRows
-from moe_ops.dispatch import Plan, row_stride
+from moe_ops.dispatch import PERSISTENT, PROGRESS, Plan, row_stride
 from moe_ops.kernels.combine import combine_kernel
 from moe_ops.kernels.grouped_gemm import down_kernel, up_kernel
 from moe_ops.problem import Arguments, Problem
@@ -30,8 +30,6 @@ from moe_ops.routing import Routing
 
 _COMBINE_UNROLL = 8
 _COMBINE_COLUMNS = 1024
-# Elements that lie between the counters of two launches: a line of the L2.
-_PROGRESS = 32
 
 
 class Describe(NamedTuple):
@@ -85,7 +83,7 @@ def stages(args: Arguments, problem: Problem, plan: Plan, out: Tensor, describe:
             yield "down"
             return
         x = quantize.empty_inputs(args, problem)
-        progress = args.topk_ids.new_empty((2, _PROGRESS), dtype=torch.int32) if plan.variant in _PERSISTENT else None
+        progress = args.topk_ids.new_empty(PROGRESS, dtype=torch.int32) if plan.variant in PERSISTENT else None
         routing = sort_routes(
             args.topk_ids, problem.num_experts, plan.block_m, args.expert_map, Launcher(plan.kernels),
             plan.dependent_launch, progress,
@@ -192,8 +190,6 @@ def _blockscaled_down(args, problem: Problem, plan: Plan, _, routing: Routing, p
 # By variant; Gluon, which two of them need, may be absent.
 _UP = {"sorted": _up, "pingpong": _pingpong_up, "blockscaled": _blockscaled_up}
 _DOWN = {"sorted": _down, "pingpong": _pingpong_down, "blockscaled": _blockscaled_down}
-# Whose programs run many tiles, and keep in step by counters.
-_PERSISTENT = ("pingpong", "blockscaled")
 
 
 def _sizes(problem: Problem) -> dict[str, int]:

@@ -92,10 +92,10 @@ def _weights(CONSUMER: gl.constexpr, ring, weights_desc, tile_experts_ptr, num_p
             next_number, next_block_m, next_block_n = tile(step + STRIDE, num_m, NUM_N, GROUP_M)
             next_expert = gl.load(tile_experts_ptr + gl.maximum(gl.minimum(next_block_m, num_m - 1), 0))
             # The last tiles are not for all programs, and of a program's two rings.
-            together = (step + STRIDE) * gl.num_programs(0) <= num_m * NUM_N
+            patience = gl.where((step + STRIDE) * gl.num_programs(0) <= num_m * NUM_N, patience, 0)
             for k_step in range(K_STEPS):
                 if progress_ptr is not None:
-                    if (index % STRETCH == 0) & (index > 0) & together:
+                    if (index % STRETCH == 0) & (index > 0) & (patience > 0):
                         patience = keep_step(progress_ptr, index // STRETCH * STRIDE * gl.num_programs(0), patience)
                     if index % STRETCH == STRETCH - 1 - _EARLY_STEPS:
                         gl.atomic_add(progress_ptr, 1, sem="relaxed")

@@ -96,12 +96,12 @@ def _load(ring, rows_desc, weights_desc, tile_experts_ptr, num_padded_ptr, progr
         next_expert = expert
         column = first_column(block_n, N, BLOCK_N)
         # The last tiles are not for all programs.
-        together = (step + 1) * gl.num_programs(0) <= num_m * NUM_N
+        patience = gl.where((step + 1) * gl.num_programs(0) <= num_m * NUM_N, patience, 0)
         for k_step in range(K_STEPS):
             stage = index % STAGES
             k = k_step * BLOCK_K
             if progress_ptr is not None:
-                if (index % STRETCH == 0) & (index > 0) & together:
+                if (index % STRETCH == 0) & (index > 0) & (patience > 0):
                     patience = keep_step(progress_ptr, index // STRETCH * gl.num_programs(0), patience)
                 if index % STRETCH == STRETCH - 1 - _EARLY_STEPS:
                     gl.atomic_add(progress_ptr, 1, sem="relaxed")

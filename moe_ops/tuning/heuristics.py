@@ -17,6 +17,8 @@ _LARGE_SHARED_MEMORY = 160 * 1024
 
 # I up to which the down GEMM's reduction is short.
 _SHORT_REDUCTION = 1024
+# Rows of an expert that are so few row blocks that a group of them has several experts in any case.
+_FEW_ROWS = 128
 # I up to which an expert has so few columns that a second row block, which reads them again, costs more than padding.
 _SHORT_UP = 512
 
@@ -40,10 +42,7 @@ def tile_configs(
         (up, down), with one `block_m`, within the device's shared memory.
     """
     if variant == "pingpong":
-        up, down = pingpong_tiles(problem)
-        short = problem.intermediate_size <= _SHORT_REDUCTION
-        group = row_group(device.num_sms)
-        return replace(up, group_m=group), (down if short else replace(down, group_m=group))
+        return _pingpong(problem, device)
     if variant == "blockscaled":
         return blockscaled_tiles(problem)
     if variant == "direct":
@@ -67,6 +66,15 @@ def tile_configs(
         if up.swap_ab and rows_per_expert <= 8 and problem.scheme.row_dtype is not None:
             up, down = _few_quantized_rows(rows_per_expert, problem, up, down)
     return fit(up, device, itemsize, gated=problem.activation.gated), fit(down, device, itemsize, gated=False)
+
+
+def _pingpong(problem: Problem, device: Device) -> tuple[TileConfig, TileConfig]:
+    up, down = pingpong_tiles(problem)
+    if expected_rows(problem) <= _FEW_ROWS:
+        return up, down
+    group = row_group(device.num_sms)
+    short = problem.intermediate_size <= _SHORT_REDUCTION
+    return replace(up, group_m=group), down if short else replace(down, group_m=group)
 
 
 def row_group(programs: int) -> int:

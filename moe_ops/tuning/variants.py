@@ -121,7 +121,7 @@ def pingpong_tiles(problem: Problem) -> tuple[TileConfig, TileConfig]:
     """
     block_k = 128 if problem.scheme.quantized else 64
     down = TileConfig(block_m=64, block_n=256, block_k=block_k, group_m=16, num_warps=4, num_stages=5)
-    up = TileConfig(block_m=64, block_n=128, block_k=block_k, group_m=8, num_warps=4, num_stages=5)
+    up = replace(down, block_n=128)
     return (up if problem.activation.gated else down), down
 
 

@@ -5,6 +5,7 @@ import gc
 import multiprocessing
 import random
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -37,8 +38,10 @@ def test_programs_that_wait_in_vain(form, progress, monkeypatch):
     """The counters by which programs keep in step are for speed: with wrong ones a result is as it was, and in time."""
     from moe_ops.backends import pipeline
 
+    dtype = torch.bfloat16
     sizes = {"num_tokens": 3000, "hidden": 1024, "intermediate": 1152, "experts": 8, "top_k": 2}
-    args = quantized_case(form, torch.bfloat16, "cuda", **sizes) if form else random_inputs(device="cuda", **sizes)
+    make = partial(quantized_case, form) if form else random_inputs
+    args = make(dtype=dtype, device="cuda", **sizes)
     variant = "blockscaled" if form else "pingpong"
     sort = pipeline.sort_routes
 

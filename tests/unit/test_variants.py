@@ -1,8 +1,11 @@
 """Which kernel variant runs a call, and why one cannot."""
 
+from dataclasses import replace
+
 import pytest
 
 from moe_ops.dispatch import Override, make_plan, override
+from moe_ops.tuning.heuristics import row_group
 from tests.unit.test_dispatch import A100, B200, H200, INTERPRETER, problem
 
 
@@ -13,6 +16,27 @@ def variants(tokens, device=H200, **options):
 def test_variants_follow_the_rows_of_an_expert():
     for i in (256, 1024):
         assert variants((1, 64, 512, 520, 1 << 16), i=i) == ["direct", "sorted", "sorted", "pingpong", "pingpong"]
+
+
+@pytest.mark.parametrize(
+    "programs,group", [(132, 22), (114, 19), (78, 13), (144, 24), (113, 21), (127, 23), (2, 2), (1, 2)]
+)
+def test_row_groups(programs, group):
+    """Near twice the root of the number of programs, and a divisor of it where there is one near."""
+    assert row_group(programs) == group
+
+
+def test_tiles_of_pingpong_follow_the_device():
+    def groups(m, i, num_sms):
+        plan = make_plan(problem(m=m, e=8, top_k=1, i=i), replace(H200, num_sms=num_sms))
+        assert plan.variant == "pingpong"
+        return plan.up.group_m, plan.down.group_m
+
+    assert groups(4096, 2048, 132) == (22, 22)
+    assert groups(4096, 2048, 78) == (13, 13)
+    # A short reduction, and few rows.
+    assert groups(4096, 768, 132) == (22, 16)
+    assert groups(1024, 2048, 132) == (16, 16)
 
 
 def test_pingpong_is_for_hopper_and_tma():
