@@ -18,10 +18,6 @@ _ROW_UNIT = 16
 _FP8_CAPABILITY = (8, 9)
 _INTERPRETER_CURE = "set TRITON_INTERPRET=1 before the process starts to run Triton kernels on the CPU"
 
-# Variants whose programs run many tiles, and keep in step by counters: one a GEMM, each in a line of the L2 of its own.
-PERSISTENT = ("pingpong", "blockscaled")
-PROGRESS = (2, 32)
-
 
 @dataclass(frozen=True)
 class Plan:
@@ -52,6 +48,11 @@ class Plan:
     num_sms: int = 1
     workspace_bytes: int = 0
     kernels: dict = field(default_factory=dict, compare=False, repr=False)
+
+    @property
+    def persistent(self) -> bool:
+        """Whether the programs of its GEMMs run many tiles, and keep in step by counters."""
+        return self.variant in ("pingpong", "blockscaled")
 
     @property
     def block_m(self) -> int:
@@ -168,8 +169,8 @@ def _workspace_bytes(problem: Problem, plan: Plan) -> int:
     if scheme.act:
         quantized += _quantized_bytes(plan.max_rows, problem.intermediate_size, scheme.act)
     sort = routing.workspace_bytes(problem.num_routes, problem.num_experts, plan.block_m)
-    if plan.variant in PERSISTENT:
-        sort += 4 * math.prod(PROGRESS)
+    if plan.persistent:
+        sort += 4 * math.prod(routing.PROGRESS)
     return act + rows + quantized + sort
 
 

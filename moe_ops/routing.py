@@ -12,6 +12,9 @@ CHUNK = 128
 # Without a sort, routes of a token that a program of the down launch takes at a time.
 TOKEN_ROUTES = 8
 
+# Counters that the sort sets to zero for the GEMMs that want them: one each, in a line of the L2 of its own.
+PROGRESS = (2, 32)
+
 
 class Routing(NamedTuple):
     """Routes sorted by expert; R = M * top_k routes, route r = m * top_k + k.

@@ -22,11 +22,11 @@ from moe_ops.backends.launch import (
 )
 from moe_ops.backends.routing import sort_routes
 from moe_ops.backends.scaled import ScaledRows
-from moe_ops.dispatch import PERSISTENT, PROGRESS, Plan, row_stride
+from moe_ops.dispatch import Plan, row_stride
 from moe_ops.kernels.combine import combine_kernel
 from moe_ops.kernels.grouped_gemm import down_kernel, up_kernel
 from moe_ops.problem import Arguments, Problem
-from moe_ops.routing import Routing
+from moe_ops.routing import PROGRESS, Routing
 
 _COMBINE_UNROLL = 8
 _COMBINE_COLUMNS = 1024
@@ -83,7 +83,7 @@ def stages(args: Arguments, problem: Problem, plan: Plan, out: Tensor, describe:
             yield "down"
             return
         x = quantize.empty_inputs(args, problem)
-        progress = args.topk_ids.new_empty(PROGRESS, dtype=torch.int32) if plan.variant in PERSISTENT else None
+        progress = args.topk_ids.new_empty(PROGRESS, dtype=torch.int32) if plan.persistent else None
         routing = sort_routes(
             args.topk_ids, problem.num_experts, plan.block_m, args.expert_map, Launcher(plan.kernels),
             plan.dependent_launch, progress,
