@@ -14,6 +14,8 @@ from moe_ops.tuning import VARIANTS, TileConfig, choose_variant, tile_configs, t
 # TMA: base addresses and all strides but the innermost in units of 16 bytes.
 _TMA_ALIGNMENT = 16
 _ROW_UNIT = 16
+# Columns that one instruction of the tensor cores multiplies.
+_LEAST_STEP = 16
 _FP8_CAPABILITY = (8, 9)
 _INTERPRETER_CURE = "set TRITON_INTERPRET=1 before the process starts to run Triton kernels on the CPU"
 
@@ -33,6 +35,8 @@ class Plan:
         down: tile of the down GEMM; None on the paths without tiles.
         max_tiles: upper bound of the row blocks, from shapes alone.
         num_sms: the device's multiprocessors, for persistent kernels.
+        planes: weights in one element of what is stored, as the kernels of "sorted" read it; those of a row with one
+            remainder by it are together in its activations, in planes.
         workspace_bytes: device memory taken beside the result.
         kernels: what was compiled for it, filled by the backends as they launch; no part of the plan's value.
     """
@@ -45,6 +49,7 @@ class Plan:
     down: TileConfig | None = None
     max_tiles: int = 0
     num_sms: int = 1
+    planes: int = 1
     workspace_bytes: int = 0
     kernels: dict = field(default_factory=dict, compare=False, repr=False)
 
@@ -120,13 +125,31 @@ def make_plan(problem: Problem, device: Device) -> Plan:
     if variant != "direct":
         max_tiles = routing.max_row_blocks(problem.num_routes, problem.num_experts, up.block_m)
     dependent_launch = device.capability is not None and device.capability >= (9, 0) and not device.interpreted
-    plan = Plan(path, reason, variant, dependent_launch, up, down, max_tiles, device.num_sms)
+    planes = _planes(problem, variant, up, down)
+    plan = Plan(path, reason, variant, dependent_launch, up, down, max_tiles, device.num_sms, planes)
     return replace(plan, workspace_bytes=_workspace_bytes(problem, plan))
 
 
 def _variant_of(tile: TileConfig) -> str:
     """The variant that forced tiles mean where none is forced with them."""
     return "direct" if tile.block_m == 1 else "sorted"
+
+
+def _planes(problem: Problem, variant: str, up: TileConfig, down: TileConfig) -> int:
+    """As `Plan.planes`: two bytes at once where the weights' layout has them, and tiles leave the tensor cores a step."""
+    scheme = problem.scheme
+    if variant != "sorted" or not scheme.weights_only:
+        return 1
+    planes = 2 * scheme.planes
+    strides = problem.w1_strides, problem.w2_strides
+    wide = (
+        problem.dtype.itemsize == 2
+        and all(size % planes == 0 for size in (problem.hidden_size, problem.intermediate_size))
+        and all(s[2] == 1 and s[0] % 2 == s[1] % 2 == 0 for s in strides)
+        and problem.w1_address % 2 == problem.w2_address % 2 == 0
+        and min(up.block_k, down.block_k) >= _LEAST_STEP * planes
+    )
+    return planes if wide else scheme.planes
 
 
 def _check_tiles(problem: Problem, variant: str, up: TileConfig, down: TileConfig) -> None:
@@ -137,6 +160,9 @@ def _check_tiles(problem: Problem, variant: str, up: TileConfig, down: TileConfi
         raise ValueError(f"block_m is {up.block_m} in variant {variant!r}; it is 1 in 'direct', and in no other")
     if not unsorted and min(min(tile.block_m, tile.block_n, tile.block_k) for tile in (up, down)) < 16:
         raise ValueError(f"a block of {up} or {down} is below 16, which only variant 'direct' can have")
+    least = _LEAST_STEP * problem.scheme.planes
+    if not unsorted and min(up.block_k, down.block_k) < least:
+        raise ValueError(f"block_k of {up} or {down} is below {least}, {_LEAST_STEP} bytes of packed weights")
     blocks = problem.scheme.row_dtype is not None and problem.scheme.scale_columns > 0
     if blocks and not unsorted and max(up.block_k, down.block_k) > GROUP:
         raise ValueError(f"block_k of {up} or {down} is above {GROUP}, the columns that share a scale of the rows")
@@ -158,12 +184,25 @@ def _workspace_bytes(problem: Problem, plan: Plan) -> int:
     if plan.variant == "blockscaled" or (plan.variant == "pingpong" and scheme.act in ("tensor", "expert")):
         act = 0  # quantised before it is stored
     rows = plan.max_rows * row_stride(problem.hidden_size) * problem.dtype.itemsize
+    if plan.planes > 1:
+        act = plan.max_rows * _planes_stride(problem.intermediate_size, plan.planes) * problem.dtype.itemsize
+        rows += problem.num_tokens * _planes_stride(problem.hidden_size, plan.planes) * problem.dtype.itemsize
     if scheme.quantizes_inputs:
         quantized += _quantized_bytes(problem.num_tokens, problem.hidden_size, scheme.inputs)
     if scheme.act:
         quantized += _quantized_bytes(plan.max_rows, problem.intermediate_size, scheme.act)
     sort = routing.workspace_bytes(problem.num_routes, problem.num_experts, plan.block_m)
     return act + rows + quantized + sort
+
+
+def _planes_stride(columns: int, planes: int) -> int:
+    """Elements of a row in planes."""
+    return row_stride(planes * plane_width(columns, planes))
+
+
+def plane_width(columns: int, planes: int) -> int:
+    """Elements from one plane of a row to the next, as `kernels.layout.plane_stride`."""
+    return -(-columns // planes // 8) * 8
 
 
 def _quantized_bytes(num_rows: int, columns: int, granularity: str) -> int:

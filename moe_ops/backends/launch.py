@@ -79,6 +79,11 @@ def weight_scales(args: Arguments, problem: Problem, which: str) -> tuple[Tensor
     return (scale, *strides, zero_point, *((0, 0, 0) if zero_point is None else zero_point.stride()))
 
 
+def stored_weight(weight: Tensor, problem: Problem, plan: Plan) -> Tensor:
+    """A weight in the elements that the kernels read: two bytes at once where `plan.planes` says so."""
+    return weight.view(torch.int16) if plan.planes > problem.scheme.planes else weight
+
+
 def activation_constexprs(problem: Problem) -> dict[str, object]:
     """What the kernels of the up GEMM have to know of the activation."""
     return {

@@ -7,7 +7,7 @@ import torch
 import triton
 from torch import Tensor
 
-from moe_ops.backends import gemv, quantize
+from moe_ops.backends import gemv, planes, quantize
 from moe_ops.backends.launch import (
     Launcher,
     activation_constexprs,
@@ -16,6 +16,7 @@ from moe_ops.backends.launch import (
     format_constexprs,
     on_device,
     result_launch,
+    stored_weight,
     unit,
     weight_constexprs,
     weight_scales,
@@ -67,7 +68,7 @@ def run(args: Arguments, problem: Problem, plan: Plan, out: Tensor, describe: De
 def stages(args: Arguments, problem: Problem, plan: Plan, out: Tensor, describe: Describe | None) -> Iterator[str]:
     """`run` in steps: launches one stage at a time and yields its name.
 
-    The names are "route", "quantize" (of the hidden states), "up" (quantisation of its result included), "down" and
+    The names are "route", "quantize" and "planes" (of the hidden states), "up" (quantisation of its result included), "down" and
     "combine"; not every call has all of them.
     """
     with on_device(args.hidden_states):
@@ -83,6 +84,8 @@ def stages(args: Arguments, problem: Problem, plan: Plan, out: Tensor, describe:
             yield "down"
             return
         x = quantize.empty_inputs(args, problem)
+        if plan.planes > 1:
+            x = ScaledRows(planes.empty(x.values, *x.values.shape, plan))
         routing = sort_routes(
             args.topk_ids, problem.num_experts, plan.block_m, args.expert_map, Launcher(plan.kernels),
             plan.dependent_launch,
@@ -91,6 +94,9 @@ def stages(args: Arguments, problem: Problem, plan: Plan, out: Tensor, describe:
         if problem.scheme.quantizes_inputs:
             quantize.inputs(args, problem, plan, x)
             yield "quantize"
+        if plan.planes > 1:
+            planes.fill(args.hidden_states, x.values, plan)
+            yield "planes"
         act = _UP[plan.variant](args, problem, plan, describe, routing, router_weights, x)
         yield "up"
         rows = _workspace(args, problem, plan, problem.hidden_size)
@@ -108,17 +114,20 @@ def _workspace(args: Arguments, problem: Problem, plan: Plan, columns: int) -> T
 
 def _up(args, problem: Problem, plan: Plan, describe: Describe | None, routing: Routing, router_weights,
         x: ScaledRows) -> ScaledRows:  # fmt: skip
-    config, w1 = plan.up, args.w1
+    config, w1 = plan.up, stored_weight(args.w1, problem, plan)
     bias, stride_be = bias_and_stride(args.w1_bias)
     w1_desc = None if describe is None else describe.w1(args, problem, plan)
-    act = _workspace(args, problem, plan, problem.intermediate_size)
+    if plan.planes > 1:
+        act = planes.empty(x.values, plan.max_rows, problem.intermediate_size, plan)
+    else:
+        act = _workspace(args, problem, plan, problem.intermediate_size)
     Launcher(plan.kernels)(
         "up", up_kernel, plan.max_tiles * triton.cdiv(problem.intermediate_size, config.block_n),
         (x.values, w1_desc, None if w1_desc is not None else w1, bias,
          router_weights if problem.router_weight_on_input else None, act, *routing[:2],
          problem.num_routes, problem.top_k,
          problem.hidden_size, problem.intermediate_size, problem.alpha or 0.0, problem.limit or 0.0,
-         *x.values.stride(), *problem.w1_strides, stride_be, act.stride(0),
+         x.values.stride(0), x.values.stride(-1), *w1.stride(), stride_be, act.stride(0),
          x.scale, *x.strides, *weight_scales(args, problem, "w1")),
         lambda: {
             **activation_constexprs(problem),
@@ -131,7 +140,7 @@ def _up(args, problem: Problem, plan: Plan, describe: Describe | None, routing: 
 
 def _down(args, problem: Problem, plan: Plan, describe: Describe | None, routing: Routing, act: ScaledRows,
           rows: Tensor) -> None:  # fmt: skip
-    config, w2 = plan.down, args.w2
+    config, w2 = plan.down, stored_weight(args.w2, problem, plan)
     bias, stride_be = bias_and_stride(args.w2_bias)
     act_desc, w2_desc = (None, None) if describe is None else (
         describe.act(act.values, plan), describe.w2(args, problem, plan)
@@ -141,7 +150,7 @@ def _down(args, problem: Problem, plan: Plan, describe: Describe | None, routing
         (act_desc, act.values, w2_desc, None if w2_desc is not None else w2, bias, rows,
          *routing[:2], problem.num_routes,
          problem.hidden_size, problem.intermediate_size,
-         act.values.stride(0), *problem.w2_strides, stride_be, rows.stride(0),
+         act.values.stride(0), *w2.stride(), stride_be, rows.stride(0),
          act.scale, *act.strides, *weight_scales(args, problem, "w2")),
         lambda: {
             **weight_constexprs(w2), **_sizes(problem), **_tile(plan, config, problem.intermediate_size, problem),
@@ -202,6 +211,7 @@ def _tile(plan: Plan, config, reduction: int, problem: Problem) -> dict[str, obj
         "BLOCK_K": config.block_k,
         "GROUP_M": config.group_m,
         "SWAP_AB": config.swap_ab,
+        "PLANES": plan.planes,
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
     }

@@ -7,6 +7,8 @@ the even column in the low nibble.
 import triton
 import triton.language as tl
 
+from moe_ops.kernels.pairs import in_pairs, pair_code, pair_offset, pair_product
+
 # The middle of the unsigned range, which int4 weights stand around where they have no zero points.
 _INT4_ZERO = tl.constexpr(8.0)
 _INT8_ZERO = tl.constexpr(128.0)
@@ -56,13 +58,25 @@ def scale_values(scale, FORMAT: tl.constexpr):
 
 
 @triton.jit
-def zero_values(zero_ptrs, rows, mask, FORMAT: tl.constexpr):
+def scales_of(scale, dtype: tl.constexpr, FORMAT: tl.constexpr):
+    """Scales as stored -> in `dtype` where it holds them exactly, else in fp32."""
+    if FORMAT == "mxfp4_w4a16" and dtype == tl.bfloat16:
+        e = scale.to(tl.int16)
+        # bfloat16's exponent field; 2^-127 is subnormal, and the field of NaN alone would be infinity's.
+        return tl.where(e == _E8M0_NAN, 0x7FC0, tl.maximum(e << 7, 1 << 6)).to(tl.int16).to(tl.bfloat16, bitcast=True)
+    elif FORMAT != "mxfp4_w4a16" and scale.dtype == dtype:
+        return scale
+    else:
+        return scale_values(scale, FORMAT)
+
+
+@triton.jit
+def zero_values(stored, rows, FORMAT: tl.constexpr):
     """Zero points of rows of a weight; packed ones have two rows in a byte, the even one in the low nibble."""
     if FORMAT == "int4_w4a16":
-        packed = tl.load(zero_ptrs, mask=mask, other=0).to(tl.int32)
-        return ((packed >> (4 * (rows & 1))) & 15).to(tl.float32)
+        return ((stored.to(tl.int32) >> (4 * (rows & 1))) & 15).to(tl.float32)
     else:
-        return tl.load(zero_ptrs, mask=mask, other=0).to(tl.float32) - _INT8_ZERO
+        return stored.to(tl.float32) - _INT8_ZERO
 
 
 @triton.jit
@@ -75,20 +89,33 @@ def no_zero(FORMAT: tl.constexpr):
 
 
 @triton.jit
-def dequantized(q, scale, zero, FORMAT: tl.constexpr, GROUPS: tl.constexpr):
-    """A tile of stored weights [N, K or K / 2] with GROUPS scales and zero points in a row, as fp32. [N, K]
+def plane_values(q, zero, plane: tl.constexpr, PLANES: tl.constexpr, dtype: tl.constexpr, FORMAT: tl.constexpr):
+    """A plane of a tile of stored weights [N, S] less the zero points, exactly, as numbers of `dtype`. [N, S]
 
-    scale and zero: [N, GROUPS]; zero may be a number, and scale None (then it comes after the product).
+    zero: fp32 [N, S], or None.
     """
-    ROWS: tl.constexpr = q.shape[0]
-    if FORMAT == "int4_w4a16" or FORMAT == "mxfp4_w4a16":
-        COLUMNS: tl.constexpr = 2 * q.shape[1]
-        values = tl.join(nibble_values(q & 15, FORMAT), nibble_values(q >> 4, FORMAT)).reshape(ROWS, COLUMNS)
+    if in_pairs(q.dtype, dtype) and FORMAT == "mxfp4_w4a16":
+        return tl.inline_asm_elementwise(pair_code(FORMAT, dtype, plane), "=r,r", [q], tl.zeros((1,), dtype).dtype, True, 2)
+    elif in_pairs(q.dtype, dtype):
+        less = (no_zero(FORMAT) if zero is None else zero) + pair_offset(FORMAT, dtype)
+        offset = tl.zeros((1, 1), dtype) + tl.cast(-less, dtype)
+        return tl.inline_asm_elementwise(pair_code(FORMAT, dtype, plane), "=r,r,r", [q, offset], offset.dtype, True, 2)
+    BITS: tl.constexpr = q.dtype.primitive_bitwidth // PLANES
+    if FORMAT == "int8_w8a16":
+        # The highest bit is the sign.
+        values = (((q.to(tl.int32) >> (BITS * plane)) & 255 ^ 128) - 128).to(tl.float32)
     else:
-        COLUMNS: tl.constexpr = q.shape[1]
-        values = q.to(tl.float32)
-    if scale is None:
-        return values
+        values = nibble_values((q.to(tl.int32) >> (BITS * plane)) & 15, FORMAT)
+    if zero is None:
+        return (values - no_zero(FORMAT)).to(dtype)
     else:
-        values = values.reshape(ROWS, GROUPS, COLUMNS // GROUPS)
-        return ((values - zero) * scale[:, :, None]).reshape(ROWS, COLUMNS)
+        return (values - zero).to(dtype)
+
+
+@triton.jit
+def scaled(values, scale, q, dtype: tl.constexpr):
+    """values, made of q, times scales from `scales_of`, rounded once to `dtype`."""
+    if in_pairs(q.dtype, dtype) and scale.dtype == dtype:
+        return tl.inline_asm_elementwise(pair_product(dtype), "=r,r,r", [values, scale], scale.dtype, True, 2)
+    else:
+        return (values.to(tl.float32) * scale.to(tl.float32)).to(dtype)

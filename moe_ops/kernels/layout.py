@@ -37,3 +37,18 @@ def weight_strides(stride_we, stride_wn, stride_wk, N_MAJOR: tl.constexpr, UNIT:
 def row_ptrs(ptr, experts, rows, stride_e, stride_n):
     """Where something that rows of an expert's weights have starts."""
     return ptr + experts.to(tl.int64) * stride_e + rows.to(tl.int64) * stride_n
+
+
+@triton.jit
+def plane_stride(K, PLANES: tl.constexpr):
+    """Elements from one plane of a row in planes to the next: TMA steps over 16 bytes at least."""
+    return (K // PLANES + 7) // 8 * 8
+
+
+@triton.jit
+def in_planes(columns, K, PLANES: tl.constexpr):
+    """Where the columns of a row are that is kept in planes: those with one remainder by PLANES side by side."""
+    if PLANES == 1:
+        return columns
+    else:
+        return (columns % PLANES) * plane_stride(K, PLANES) + columns // PLANES

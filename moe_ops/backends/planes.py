@@ -1,0 +1,33 @@
+"""Rows in planes: the columns that weights of one stored element multiply apart, each plane's side by side."""
+
+import triton
+from torch import Tensor
+
+from moe_ops.backends.launch import Launcher, dependent
+from moe_ops.dispatch import Plan, plane_width, row_stride
+from moe_ops.kernels.planes import planes_kernel
+
+_BLOCK_K = 1024
+
+
+def empty(like: Tensor, num_rows: int, columns: int, plan: Plan) -> Tensor:
+    """[num_rows, planes, columns / planes] in the dtype of `like`, laid out as `kernels.layout.in_planes` has it."""
+    width = plane_width(columns, plan.planes)
+    rows = like.new_empty(num_rows, row_stride(plan.planes * width))
+    return rows[:, : plan.planes * width].view(num_rows, plan.planes, width)[..., : columns // plan.planes]
+
+
+def fill(x: Tensor, rows: Tensor, plan: Plan) -> None:
+    """rows = x in planes. Launched after the sort of the routes, runs beside it, and ends after it.
+
+    Args:
+        x: [M, H].
+        rows: from `empty`, from before the sort; written.
+        plan: how the call runs.
+    """
+    num_rows, columns = x.shape
+    block_k = min(_BLOCK_K, triton.next_power_of_2(columns))
+    Launcher(plan.kernels)(
+        "planes", planes_kernel, num_rows * triton.cdiv(columns, block_k), (x, rows, columns, *x.stride(), rows.stride(0)),
+        lambda: {"PLANES": plan.planes, "BLOCK_K": block_k, "num_warps": 4, **dependent(plan)},
+    )  # fmt: skip
