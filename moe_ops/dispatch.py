@@ -138,7 +138,7 @@ def _variant_of(tile: TileConfig) -> str:
 def _planes(problem: Problem, variant: str, up: TileConfig, down: TileConfig) -> int:
     """As `Plan.planes`: two bytes at once where the weights' layout has them, and tiles leave the tensor cores a step."""
     scheme = problem.scheme
-    if variant != "sorted" or not scheme.weights_only:
+    if variant not in ("direct", "sorted") or not scheme.weights_only:
         return 1
     planes = 2 * scheme.planes
     strides = problem.w1_strides, problem.w2_strides
@@ -147,7 +147,7 @@ def _planes(problem: Problem, variant: str, up: TileConfig, down: TileConfig) ->
         and all(size % planes == 0 for size in (problem.hidden_size, problem.intermediate_size))
         and all(s[2] == 1 and s[0] % 2 == s[1] % 2 == 0 for s in strides)
         and problem.w1_address % 2 == problem.w2_address % 2 == 0
-        and min(up.block_k, down.block_k) >= _LEAST_STEP * planes
+        and (variant == "direct" or min(up.block_k, down.block_k) >= _LEAST_STEP * planes)
     )
     return planes if wide else scheme.planes
 

@@ -145,6 +145,9 @@ def _down(args, problem: Problem, plan: Plan, describe: Describe | None, routing
     act_desc, w2_desc = (None, None) if describe is None else (
         describe.act(act.values, plan), describe.w2(args, problem, plan)
     )  # fmt: skip
+    import os
+    if os.environ.get("ACTPTR") == "1":
+        act_desc = None
     Launcher(plan.kernels)(
         "down", down_kernel, plan.max_tiles * triton.cdiv(problem.hidden_size, config.block_n),
         (act_desc, act.values, w2_desc, None if w2_desc is not None else w2, bias, rows,

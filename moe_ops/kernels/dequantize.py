@@ -7,7 +7,7 @@ the even column in the low nibble.
 import triton
 import triton.language as tl
 
-from moe_ops.kernels.pairs import in_pairs, pair_code, pair_offset, pair_product
+from moe_ops.kernels.pairs import adds, in_pairs, pair_code, pair_offset, pair_product
 
 # The middle of the unsigned range, which int4 weights stand around where they have no zero points.
 _INT4_ZERO = tl.constexpr(8.0)
@@ -94,12 +94,18 @@ def plane_values(q, zero, plane: tl.constexpr, PLANES: tl.constexpr, dtype: tl.c
 
     zero: fp32 [N, S], or None.
     """
-    if in_pairs(q.dtype, dtype) and FORMAT == "mxfp4_w4a16":
-        return tl.inline_asm_elementwise(pair_code(FORMAT, dtype, plane), "=r,r", [q], tl.zeros((1,), dtype).dtype, True, 2)
-    elif in_pairs(q.dtype, dtype):
-        less = (no_zero(FORMAT) if zero is None else zero) + pair_offset(FORMAT, dtype)
-        offset = tl.zeros((1, 1), dtype) + tl.cast(-less, dtype)
-        return tl.inline_asm_elementwise(pair_code(FORMAT, dtype, plane), "=r,r,r", [q, offset], offset.dtype, True, 2)
+    if in_pairs(q.dtype, dtype):
+        ADDS: tl.constexpr = adds(FORMAT, dtype, zero is not None)
+        if ADDS:
+            less = (no_zero(FORMAT) if zero is None else zero) + pair_offset(FORMAT, dtype)
+            offset = tl.zeros((1, 1), dtype) + tl.cast(-less, dtype)
+            return tl.inline_asm_elementwise(
+                pair_code(FORMAT, dtype, plane, ADDS), "=r,r,r", [q, offset], offset.dtype, True, 2
+            )
+        else:
+            return tl.inline_asm_elementwise(
+                pair_code(FORMAT, dtype, plane, ADDS), "=r,r", [q], tl.zeros((1,), dtype).dtype, True, 2
+            )
     BITS: tl.constexpr = q.dtype.primitive_bitwidth // PLANES
     if FORMAT == "int8_w8a16":
         # The highest bit is the sign.

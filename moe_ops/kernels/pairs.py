@@ -49,8 +49,14 @@ def pair_offset(FORMAT: str, dtype) -> float:
 
 
 @triton.constexpr_function
-def pair_code(FORMAT: str, dtype, plane: int) -> str:
-    """PTX of $0 = the numbers of a plane of $1, plus $2 (of e2m1: without)."""
+def adds(FORMAT: str, dtype, ZERO: bool) -> bool:
+    """Whether `pair_code` has a second operand to add: what it has too much, the middle of the codes, a zero point."""
+    return ZERO or FORMAT == "int4_w4a16" or (FORMAT == "int8_w8a16" and dtype == tl.float16)
+
+
+@triton.constexpr_function
+def pair_code(FORMAT: str, dtype, plane: int, ADDS: bool) -> str:
+    """PTX of $0 = the numbers of a plane of $1, plus $2 if ADDS."""
     name = _name(dtype)
     if FORMAT == "mxfp4_w4a16":
         return _e2m1(name, plane)
@@ -64,7 +70,7 @@ def pair_code(FORMAT: str, dtype, plane: int) -> str:
     else:
         body += f"lop3.b32 a, q, {_both(127)}, {_both(magic)}, 0xea; lop3.b32 b, q, {_both(128)}, {_both(magic)}, 0xea;"
         body += f"mov.b32 one, {_both(_ONE[name] | 0x8000)}; fma.rn.bf16x2 a, b, one, a;"
-    body += f"mov.b32 one, {_both(_ONE[name])}; fma.rn.{name}x2 $0, a, one, $2;"
+    body += f"mov.b32 one, {_both(_ONE[name])}; fma.rn.{name}x2 $0, a, one, $2;" if ADDS else "mov.b32 $0, a;"
     return "{ .reg .b32 q, a, b, one; " + body + " }"
 
 
