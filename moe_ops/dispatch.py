@@ -14,8 +14,8 @@ from moe_ops.tuning import VARIANTS, TileConfig, choose_variant, tile_configs, t
 # TMA: base addresses and all strides but the innermost in units of 16 bytes.
 _TMA_ALIGNMENT = 16
 _ROW_UNIT = 16
-# Columns that one instruction of the tensor cores multiplies.
-_LEAST_STEP = 16
+# Elements of a plane whose order `kernels.layout.unit_order` changes: a step has whole ones.
+_PLANE_UNIT = 32
 _FP8_CAPABILITY = (8, 9)
 _INTERPRETER_CURE = "set TRITON_INTERPRET=1 before the process starts to run Triton kernels on the CPU"
 
@@ -147,7 +147,7 @@ def _planes(problem: Problem, variant: str, up: TileConfig, down: TileConfig) ->
         and all(size % planes == 0 for size in (problem.hidden_size, problem.intermediate_size))
         and all(s[2] == 1 and s[0] % 2 == s[1] % 2 == 0 for s in strides)
         and problem.w1_address % 2 == problem.w2_address % 2 == 0
-        and (variant == "direct" or min(up.block_k, down.block_k) >= _LEAST_STEP * planes)
+        and (variant == "direct" or min(up.block_k, down.block_k) >= _PLANE_UNIT * planes)
     )
     return planes if wide else scheme.planes
 
@@ -160,9 +160,9 @@ def _check_tiles(problem: Problem, variant: str, up: TileConfig, down: TileConfi
         raise ValueError(f"block_m is {up.block_m} in variant {variant!r}; it is 1 in 'direct', and in no other")
     if not unsorted and min(min(tile.block_m, tile.block_n, tile.block_k) for tile in (up, down)) < 16:
         raise ValueError(f"a block of {up} or {down} is below 16, which only variant 'direct' can have")
-    least = _LEAST_STEP * problem.scheme.planes
-    if not unsorted and min(up.block_k, down.block_k) < least:
-        raise ValueError(f"block_k of {up} or {down} is below {least}, {_LEAST_STEP} bytes of packed weights")
+    least = _PLANE_UNIT * problem.scheme.planes
+    if problem.scheme.packed and not unsorted and min(up.block_k, down.block_k) < least:
+        raise ValueError(f"block_k of {up} or {down} is below {least}, {_PLANE_UNIT} bytes of packed weights")
     blocks = problem.scheme.row_dtype is not None and problem.scheme.scale_columns > 0
     if blocks and not unsorted and max(up.block_k, down.block_k) > GROUP:
         raise ValueError(f"block_k of {up} or {down} is above {GROUP}, the columns that share a scale of the rows")
@@ -197,12 +197,12 @@ def _workspace_bytes(problem: Problem, plan: Plan) -> int:
 
 def _planes_stride(columns: int, planes: int) -> int:
     """Elements of a row in planes."""
-    return row_stride(planes * plane_width(columns, planes))
+    return planes * plane_width(columns, planes)
 
 
 def plane_width(columns: int, planes: int) -> int:
     """Elements from one plane of a row to the next, as `kernels.layout.plane_stride`."""
-    return -(-columns // planes // 8) * 8
+    return -(-columns // planes // _PLANE_UNIT) * _PLANE_UNIT
 
 
 def _quantized_bytes(num_rows: int, columns: int, granularity: str) -> int:

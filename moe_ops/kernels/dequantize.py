@@ -7,6 +7,7 @@ the even column in the low nibble.
 import triton
 import triton.language as tl
 
+from moe_ops.kernels.layout import by_unit
 from moe_ops.kernels.pairs import adds, in_pairs, pair_code, pair_offset, pair_product
 
 # The middle of the unsigned range, which int4 weights stand around where they have no zero points.
@@ -89,19 +90,29 @@ def no_zero(FORMAT: tl.constexpr):
 
 
 @triton.jit
+def _by_parts(values, parts, PLANES: tl.constexpr):
+    """values [N, S] and what their parts have [N, parts], in shapes that can be multiplied."""
+    if PLANES > 1 and parts.shape[1] > 1:
+        return by_unit(values, parts)
+    else:
+        SHAPE: tl.constexpr = (values.shape[0], parts.shape[1], values.shape[1] // parts.shape[1])
+        return values.reshape(SHAPE), parts[:, :, None].broadcast_to(SHAPE)
+
+
+@triton.jit
 def plane_values(q, zero, plane: tl.constexpr, PLANES: tl.constexpr, dtype: tl.constexpr, FORMAT: tl.constexpr):
     """A plane of a tile of stored weights [N, S] less the zero points, exactly, as numbers of `dtype`. [N, S]
 
-    zero: fp32 [N, S], or None.
+    zero: fp32 [N, parts], or None.
     """
     if in_pairs(q.dtype, dtype):
         ADDS: tl.constexpr = adds(FORMAT, dtype, zero is not None)
         if ADDS:
             less = (no_zero(FORMAT) if zero is None else zero) + pair_offset(FORMAT, dtype)
             offset = tl.zeros((1, 1), dtype) + tl.cast(-less, dtype)
-            return tl.inline_asm_elementwise(
-                pair_code(FORMAT, dtype, plane, ADDS), "=r,r,r", [q, offset], offset.dtype, True, 2
-            )
+            q_parts, offset = _by_parts(q, offset, PLANES)
+            code: tl.constexpr = pair_code(FORMAT, dtype, plane, ADDS)
+            return tl.inline_asm_elementwise(code, "=r,r,r", [q_parts, offset], offset.dtype, True, 2).reshape(q.shape)
         else:
             return tl.inline_asm_elementwise(
                 pair_code(FORMAT, dtype, plane, ADDS), "=r,r", [q], tl.zeros((1,), dtype).dtype, True, 2
@@ -115,13 +126,16 @@ def plane_values(q, zero, plane: tl.constexpr, PLANES: tl.constexpr, dtype: tl.c
     if zero is None:
         return (values - no_zero(FORMAT)).to(dtype)
     else:
-        return (values - zero).to(dtype)
+        values, zero = _by_parts(values, zero, PLANES)
+        return (values - zero).to(dtype).reshape(q.shape)
 
 
 @triton.jit
-def scaled(values, scale, q, dtype: tl.constexpr):
-    """values, made of q, times scales from `scales_of`, rounded once to `dtype`."""
-    if in_pairs(q.dtype, dtype) and scale.dtype == dtype:
-        return tl.inline_asm_elementwise(pair_product(dtype), "=r,r,r", [values, scale], scale.dtype, True, 2)
+def scaled(values, scale, stored: tl.constexpr, PLANES: tl.constexpr, dtype: tl.constexpr):
+    """values from `plane_values` times scales [N, parts] from `scales_of`, rounded once to `dtype`. [N, S]"""
+    SHAPE: tl.constexpr = values.shape
+    values, scale = _by_parts(values, scale, PLANES)
+    if in_pairs(stored, dtype) and scale.dtype == dtype:
+        return tl.inline_asm_elementwise(pair_product(dtype), "=r,r,r", [values, scale], scale.dtype, True, 2).reshape(SHAPE)
     else:
-        return (values.to(tl.float32) * scale.to(tl.float32)).to(dtype)
+        return (values.to(tl.float32) * scale.to(tl.float32)).to(dtype).reshape(SHAPE)

@@ -28,7 +28,16 @@ import triton.language as tl
 from moe_ops.kernels.activation import activate_gated, nonlinearity
 from moe_ops.kernels.compat import gdc_launch_dependents, gdc_wait
 from moe_ops.kernels.dequantize import plane_values, scale_rows, scaled, scales_of, zero_rows, zero_values
-from moe_ops.kernels.layout import in_planes, multiple, plane_stride, row_ptrs, weight_rows, weight_strides
+from moe_ops.kernels.layout import (
+    UNIT,
+    in_planes,
+    multiple,
+    plane_stride,
+    row_ptrs,
+    unit_order,
+    weight_rows,
+    weight_strides,
+)
 
 
 @triton.jit
@@ -69,30 +78,20 @@ def _rows_tile(a_desc, a_ptrs, a_row, row_mask, stride_ak, plane, k, K, BLOCK_M:
             return a_desc.load([a_row, plane, k]).reshape(BLOCK_M, STEP)
     else:
         columns = k + tl.arange(0, STEP)
+        # A plane ends with zeros.
+        end = K if PLANES == 1 else plane_stride(K, PLANES)
         mask = row_mask[:, None]
         if not EVEN_K:
-            mask = row_mask[:, None] & (columns < K // PLANES)[None, :]
-        start = plane * plane_stride(K, PLANES)
-        return tl.load(a_ptrs + (start + columns).to(tl.int64)[None, :] * stride_ak, mask=mask, other=0.0)
+            mask = row_mask[:, None] & (columns < end)[None, :]
+        return tl.load(a_ptrs + (plane * end + columns).to(tl.int64)[None, :] * stride_ak, mask=mask, other=0.0)
 
 
 @triton.jit
-def _group_tile(ptrs, stride_k, mask, k, K, GROUPS: tl.constexpr, SCALE_COLUMNS: tl.constexpr):
-    """What is stored for the groups of columns that a step at k has: of scales or zero points. [COLUMNS, GROUPS]"""
-    group = k // SCALE_COLUMNS + tl.arange(0, GROUPS)[None, :]
-    there = mask[:, None] & (group * SCALE_COLUMNS < K)
-    return tl.load(ptrs[:, None] + group.to(tl.int64) * stride_k, mask=there, other=0)
-
-
-@triton.jit
-def _spread(groups, STEP: tl.constexpr):
-    """[COLUMNS, GROUPS] -> [COLUMNS, STEP], for each column its group's."""
-    COLUMNS: tl.constexpr = groups.shape[0]
-    GROUPS: tl.constexpr = groups.shape[1]
-    if GROUPS == 1:
-        return groups.broadcast_to(COLUMNS, STEP)
-    else:
-        return groups[:, :, None].broadcast_to(COLUMNS, GROUPS, STEP // GROUPS).reshape(COLUMNS, STEP)
+def _group_tile(ptrs, stride_k, mask, k, K, PARTS: tl.constexpr, PART: tl.constexpr, SCALE_COLUMNS: tl.constexpr):
+    """What is stored, of scales or zero points, for PARTS of PART columns each from k on. [COLUMNS, PARTS]"""
+    column = k + tl.arange(0, PARTS)[None, :] * PART
+    there = mask[:, None] & (column < K)
+    return tl.load(ptrs[:, None] + (column // SCALE_COLUMNS).to(tl.int64) * stride_k, mask=there, other=0)
 
 
 @triton.jit
@@ -114,7 +113,11 @@ def _accumulate(a_desc, a_ptrs, a_row, row_mask, stride_ak, w_desc, w_ptr, exper
     STEP: tl.constexpr = BLOCK_K // PLANES
     STEP_BY_STEP: tl.constexpr = SCALE_COLUMNS > 0 and (ROWS_TOO or BLOCK_K <= SCALE_COLUMNS)
     IN_INTEGERS: tl.constexpr = FORMAT == "int8_w8a8" and not STEP_BY_STEP
-    GROUPS: tl.constexpr = BLOCK_K // SCALE_COLUMNS if SCALE_COLUMNS > 0 and BLOCK_K > SCALE_COLUMNS else 1
+    # Parts of a step that have one scale: all of it, or what `by_unit` or `by_group` takes.
+    PARTS: tl.constexpr = (
+        1 if SCALE_COLUMNS == 0 or STEP_BY_STEP else STEP // UNIT if PLANES > 1 else BLOCK_K // SCALE_COLUMNS
+    )
+    PART: tl.constexpr = BLOCK_K // PARTS
     step_offsets = tl.arange(0, STEP)
     w_rows, w_mask = weight_rows(n, N, BLOCK_N, HALVES, COLUMNS)
     if w_desc is None:
@@ -122,12 +125,11 @@ def _accumulate(a_desc, a_ptrs, a_row, row_mask, stride_ak, w_desc, w_ptr, exper
     if FORMAT != "none":
         scale_ptr, stride_se, stride_sn, stride_sk, zero_ptr, stride_ze, stride_zn, stride_zk = w_scales
         scale_ptrs = row_ptrs(scale_ptr, expert, scale_rows(w_rows, SCALE_ROWS), stride_se, stride_sn)
-        if WEIGHTS_ONLY and SCALE_COLUMNS > 0:
+        if WEIGHTS_ONLY and STEP_BY_STEP:
             # A step ahead: nothing else would cover the way to memory of loads this small.
-            next_scale = _group_tile(scale_ptrs, stride_sk, w_mask, 0, K, GROUPS, SCALE_COLUMNS)
+            next_scale = _group_tile(scale_ptrs, stride_sk, w_mask, 0, K, 1, BLOCK_K, SCALE_COLUMNS)
         if zero_ptr is not None:
             zero_ptrs = row_ptrs(zero_ptr, expert, zero_rows(w_rows, FORMAT), stride_ze, stride_zn)
-            next_zero = _group_tile(zero_ptrs, stride_zk, w_mask, 0, K, GROUPS, SCALE_COLUMNS)
     acc = tl.zeros((COLUMNS, BLOCK_M) if SWAP_AB else (BLOCK_M, COLUMNS), tl.int32 if IN_INTEGERS else tl.float32)
     for k in range(0, K, BLOCK_K):
         stored = k // PLANES
@@ -140,20 +142,28 @@ def _accumulate(a_desc, a_ptrs, a_row, row_mask, stride_ak, w_desc, w_ptr, exper
             w = tl.load(w_ptrs + (stored + step_offsets).to(tl.int64)[:, None] * stride_wk,
                         mask=(stored + step_offsets < K // PLANES)[:, None] & w_mask[None, :], other=0.0)  # fmt: skip
         zero = None
-        if WEIGHTS_ONLY and SCALE_COLUMNS > 0:
-            scale = scales_of(next_scale, tl.float32 if STEP_BY_STEP else dtype, FORMAT)
-            next_scale = _group_tile(scale_ptrs, stride_sk, w_mask, k + BLOCK_K, K, GROUPS, SCALE_COLUMNS)
+        if WEIGHTS_ONLY:
+            w = w.T
+            if PLANES > 1:
+                w = unit_order(w)
+            if STEP_BY_STEP:
+                scale = scales_of(next_scale, tl.float32, FORMAT)
+                next_scale = _group_tile(scale_ptrs, stride_sk, w_mask, k + BLOCK_K, K, 1, BLOCK_K, SCALE_COLUMNS)
+            elif SCALE_COLUMNS > 0:
+                # Not a step ahead: what the loop carries keeps Triton from making the weights where they are multiplied.
+                scale = _group_tile(scale_ptrs, stride_sk, w_mask, k, K, PARTS, PART, SCALE_COLUMNS)
+                scale = scales_of(scale, dtype, FORMAT)
             if zero_ptr is not None:
-                zero = _spread(zero_values(next_zero, w_rows[:, None], FORMAT), STEP)
-                next_zero = _group_tile(zero_ptrs, stride_zk, w_mask, k + BLOCK_K, K, GROUPS, SCALE_COLUMNS)
+                zero = _group_tile(zero_ptrs, stride_zk, w_mask, k, K, PARTS, PART, SCALE_COLUMNS)
+                zero = zero_values(zero, w_rows[:, None], FORMAT)
         total = tl.zeros_like(acc) if STEP_BY_STEP or FORMAT == "fp8_w8a8" else acc
         for plane in tl.static_range(PLANES):
             a = _rows_tile(a_desc, a_ptrs, a_row, row_mask, stride_ak, plane, stored, K, BLOCK_M, STEP, EVEN_K, PLANES)
             b = w
             if WEIGHTS_ONLY:
-                b = plane_values(w.T, zero, plane, PLANES, dtype, FORMAT)
+                b = plane_values(w, zero, plane, PLANES, dtype, FORMAT)
                 if SCALE_COLUMNS > 0 and not STEP_BY_STEP:
-                    b = scaled(b, _spread(scale, STEP), w, dtype)
+                    b = scaled(b, scale, w.dtype, PLANES, dtype)
                 b = b.T
             if SWAP_AB:
                 total = tl.dot(b.T, a.T, total, input_precision=PRECISION, out_dtype=acc.dtype)
@@ -250,8 +260,15 @@ def up_kernel(
         y = nonlinearity(acc, ACTIVATION, alpha)
     columns = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     places = in_planes(columns, I, PLANES)
-    tl.store(act_ptr + rows.to(tl.int64)[:, None] * stride_am + places[None, :], y.to(act_ptr.dtype.element_ty),
+    act_ptrs = act_ptr + rows.to(tl.int64)[:, None] * stride_am
+    tl.store(act_ptrs + places[None, :], y.to(act_ptr.dtype.element_ty),
              mask=row_mask[:, None] & (columns < I)[None, :])  # fmt: skip
+    if PLANES > 1:
+        if pid_n == num_n - 1:
+            # The zeros a plane ends with.
+            behind = I + tl.arange(0, UNIT * 4 * PLANES)
+            tl.store(act_ptrs + in_planes(behind, I, PLANES)[None, :], tl.zeros((1, 1), act_ptr.dtype.element_ty),
+                     mask=row_mask[:, None] & (behind < plane_stride(I, PLANES) * PLANES)[None, :])  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["num_routes"])

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from moe_ops.kernels.compat import gdc_launch_dependents, gdc_wait
-from moe_ops.kernels.layout import in_planes
+from moe_ops.kernels.layout import in_planes, plane_stride
 
 
 @triton.jit
@@ -18,10 +18,11 @@ def planes_kernel(
     """
     if PDL:
         gdc_launch_dependents()
-    num_k = tl.cdiv(K, BLOCK_K)
+    end = plane_stride(K, PLANES) * PLANES
+    num_k = tl.cdiv(end, BLOCK_K)
     row = (tl.program_id(0) // num_k).to(tl.int64)
     columns = (tl.program_id(0) % num_k) * BLOCK_K + tl.arange(0, BLOCK_K)
     x = tl.load(x_ptr + row * stride_xm + columns.to(tl.int64) * stride_xk, mask=columns < K, other=0.0)
-    tl.store(out_ptr + row * stride_om + in_planes(columns, K, PLANES), x, mask=columns < K)
+    tl.store(out_ptr + row * stride_om + in_planes(columns, K, PLANES), x, mask=columns < end)
     if PDL:
         gdc_wait()
