@@ -72,12 +72,18 @@ def scales_of(scale, dtype: tl.constexpr, FORMAT: tl.constexpr):
 
 
 @triton.jit
-def zero_values(stored, rows, FORMAT: tl.constexpr):
-    """Zero points of rows of a weight; packed ones have two rows in a byte, the even one in the low nibble."""
+def zero_values(zero_ptrs, rows, mask, FORMAT: tl.constexpr):
+    """Zero points of rows of a weight; packed ones have two rows in a byte, the even one in the low nibble.
+
+    Which nibble by two masks of loads: where weights become operands of the tensor cores, Triton follows what they are
+    made of back to loads, and to nothing else.
+    """
     if FORMAT == "int4_w4a16":
-        return ((stored.to(tl.int32) >> (4 * (rows & 1))) & 15).to(tl.float32)
+        odd = tl.load(zero_ptrs, mask=mask & (rows % 2 == 1), other=0).to(tl.int32)
+        even = tl.load(zero_ptrs, mask=mask & (rows % 2 == 0), other=0).to(tl.int32)
+        return ((odd >> 4) + (even & 15)).to(tl.float32)
     else:
-        return stored.to(tl.float32) - _INT8_ZERO
+        return tl.load(zero_ptrs, mask=mask, other=0).to(tl.float32) - _INT8_ZERO
 
 
 @triton.jit

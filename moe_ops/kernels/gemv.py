@@ -93,8 +93,7 @@ def _row_dots(w_ptrs, w_mask, rows, scale_ptrs, zero_ptrs, v_ptrs, v_mask, v_sca
                 tl.load(scale_ptrs[:, None] + group.to(tl.int64) * stride_sk, mask=there, other=0), FORMAT
             )
             if zero_ptrs is not None:
-                zero = tl.load(zero_ptrs[:, None] + group.to(tl.int64) * stride_zk, mask=there, other=0)
-                zero = zero_values(zero, rows[:, None], FORMAT)
+                zero = zero_values(zero_ptrs[:, None] + group.to(tl.int64) * stride_zk, rows[:, None], there, FORMAT)
                 part -= (zero - no_zero(FORMAT)) * tl.sum(v.reshape(v.shape[0], PARTS, VECTOR * PLANES), 2)
             part *= scale
         acc += part

@@ -87,11 +87,17 @@ def _rows_tile(a_desc, a_ptrs, a_row, row_mask, stride_ak, plane, k, K, BLOCK_M:
 
 
 @triton.jit
-def _group_tile(ptrs, stride_k, mask, k, K, PARTS: tl.constexpr, PART: tl.constexpr, SCALE_COLUMNS: tl.constexpr):
-    """What is stored, of scales or zero points, for PARTS of PART columns each from k on. [COLUMNS, PARTS]"""
+def _group_ptrs(ptrs, stride_k, mask, k, K, PARTS: tl.constexpr, PART: tl.constexpr, SCALE_COLUMNS: tl.constexpr):
+    """Where scales or zero points of PARTS of PART columns each from k on are, and which there are. [COLUMNS, PARTS]"""
     column = k + tl.arange(0, PARTS)[None, :] * PART
-    there = mask[:, None] & (column < K)
-    return tl.load(ptrs[:, None] + (column // SCALE_COLUMNS).to(tl.int64) * stride_k, mask=there, other=0)
+    return ptrs[:, None] + (column // SCALE_COLUMNS).to(tl.int64) * stride_k, mask[:, None] & (column < K)
+
+
+@triton.jit
+def _group_scales(ptrs, stride_k, mask, k, K, PARTS: tl.constexpr, PART: tl.constexpr, SCALE_COLUMNS: tl.constexpr):
+    """Scales as they are stored, as `_group_ptrs` has them. [COLUMNS, PARTS]"""
+    ptrs, mask = _group_ptrs(ptrs, stride_k, mask, k, K, PARTS, PART, SCALE_COLUMNS)
+    return tl.load(ptrs, mask=mask, other=0)
 
 
 @triton.jit
@@ -127,7 +133,7 @@ def _accumulate(a_desc, a_ptrs, a_row, row_mask, stride_ak, w_desc, w_ptr, exper
         scale_ptrs = row_ptrs(scale_ptr, expert, scale_rows(w_rows, SCALE_ROWS), stride_se, stride_sn)
         if WEIGHTS_ONLY and STEP_BY_STEP:
             # A step ahead: nothing else would cover the way to memory of loads this small.
-            next_scale = _group_tile(scale_ptrs, stride_sk, w_mask, 0, K, 1, BLOCK_K, SCALE_COLUMNS)
+            next_scale = _group_scales(scale_ptrs, stride_sk, w_mask, 0, K, 1, BLOCK_K, SCALE_COLUMNS)
         if zero_ptr is not None:
             zero_ptrs = row_ptrs(zero_ptr, expert, zero_rows(w_rows, FORMAT), stride_ze, stride_zn)
     acc = tl.zeros((COLUMNS, BLOCK_M) if SWAP_AB else (BLOCK_M, COLUMNS), tl.int32 if IN_INTEGERS else tl.float32)
@@ -148,14 +154,14 @@ def _accumulate(a_desc, a_ptrs, a_row, row_mask, stride_ak, w_desc, w_ptr, exper
                 w = unit_order(w)
             if STEP_BY_STEP:
                 scale = scales_of(next_scale, tl.float32, FORMAT)
-                next_scale = _group_tile(scale_ptrs, stride_sk, w_mask, k + BLOCK_K, K, 1, BLOCK_K, SCALE_COLUMNS)
+                next_scale = _group_scales(scale_ptrs, stride_sk, w_mask, k + BLOCK_K, K, 1, BLOCK_K, SCALE_COLUMNS)
             elif SCALE_COLUMNS > 0:
                 # Not a step ahead: what the loop carries keeps Triton from making the weights where they are multiplied.
-                scale = _group_tile(scale_ptrs, stride_sk, w_mask, k, K, PARTS, PART, SCALE_COLUMNS)
+                scale = _group_scales(scale_ptrs, stride_sk, w_mask, k, K, PARTS, PART, SCALE_COLUMNS)
                 scale = scales_of(scale, dtype, FORMAT)
             if zero_ptr is not None:
-                zero = _group_tile(zero_ptrs, stride_zk, w_mask, k, K, PARTS, PART, SCALE_COLUMNS)
-                zero = zero_values(zero, w_rows[:, None], FORMAT)
+                ptrs, there = _group_ptrs(zero_ptrs, stride_zk, w_mask, k, K, PARTS, PART, SCALE_COLUMNS)
+                zero = zero_values(ptrs, w_rows[:, None], there, FORMAT)
         total = tl.zeros_like(acc) if STEP_BY_STEP or FORMAT == "fp8_w8a8" else acc
         for plane in tl.static_range(PLANES):
             a = _rows_tile(a_desc, a_ptrs, a_row, row_mask, stride_ak, plane, stored, K, BLOCK_M, STEP, EVEN_K, PLANES)
