@@ -114,6 +114,12 @@ def unit(*sizes: int) -> int:
     return next((n for n in (32, 16, 8) if all(size % n == 0 for size in sizes)), 1)
 
 
+def scale_unit(scale: Tensor | None) -> int:
+    """What the strides from expert to expert and from row to row of a weight's scales are multiples of, up to 16."""
+    strides = () if scale is None else scale.stride()[:2]
+    return next(n for n in (16, 8, 4, 2, 1) if all(stride % n == 0 for stride in strides))
+
+
 def weight_constexprs(weight: Tensor) -> dict[str, object]:
     """What the kernels have to know of a weight's strides."""
     n_major = weight.stride(2) != 1

@@ -16,6 +16,7 @@ from moe_ops.backends.launch import (
     format_constexprs,
     on_device,
     result_launch,
+    scale_unit,
     stored_weight,
     unit,
     weight_constexprs,
@@ -132,6 +133,7 @@ def _up(args, problem: Problem, plan: Plan, describe: Describe | None, routing: 
         lambda: {
             **activation_constexprs(problem),
             "X_UNIT": unit(x.values.stride(0)), **weight_constexprs(w1), **_sizes(problem),
+            "S_UNIT": scale_unit(args.w1_scale),
             **_tile(plan, config, problem.hidden_size, problem), **dependent(plan),
         },
     )  # fmt: skip
@@ -142,12 +144,9 @@ def _down(args, problem: Problem, plan: Plan, describe: Describe | None, routing
           rows: Tensor) -> None:  # fmt: skip
     config, w2 = plan.down, stored_weight(args.w2, problem, plan)
     bias, stride_be = bias_and_stride(args.w2_bias)
-    act_desc, w2_desc = (None, None) if describe is None else (
-        describe.act(act.values, plan), describe.w2(args, problem, plan)
-    )  # fmt: skip
-    import os
-    if os.environ.get("ACTPTR") == "1":
-        act_desc = None
+    # A box of each plane would bring whole row blocks, most of whose rows are padding where this matters.
+    act_desc = None if describe is None or plan.planes > 1 else describe.act(act.values, plan)
+    w2_desc = None if describe is None else describe.w2(args, problem, plan)
     Launcher(plan.kernels)(
         "down", down_kernel, plan.max_tiles * triton.cdiv(problem.hidden_size, config.block_n),
         (act_desc, act.values, w2_desc, None if w2_desc is not None else w2, bias, rows,
@@ -156,7 +155,7 @@ def _down(args, problem: Problem, plan: Plan, describe: Describe | None, routing
          act.values.stride(0), *w2.stride(), stride_be, rows.stride(0),
          act.scale, *act.strides, *weight_scales(args, problem, "w2")),
         lambda: {
-            **weight_constexprs(w2), **_sizes(problem), **_tile(plan, config, problem.intermediate_size, problem),
+            **weight_constexprs(w2), **_sizes(problem), "S_UNIT": scale_unit(args.w2_scale), **_tile(plan, config, problem.intermediate_size, problem),
             **dependent(plan),
         },
     )  # fmt: skip
@@ -217,6 +216,7 @@ def _tile(plan: Plan, config, reduction: int, problem: Problem) -> dict[str, obj
         "PLANES": plan.planes,
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
+        **({"maxnreg": int(__import__("os").environ["MAXNREG"])} if __import__("os").environ.get("MAXNREG", "0") != "0" else {}),
     }
 
 

@@ -40,6 +40,10 @@ from moe_ops.kernels.layout import (
 )
 
 
+import os
+TOGGLE = tl.constexpr(os.environ.get("TOGGLE", "1") == "1")
+
+
 @triton.jit
 def _tile(pid, num_m, num_n, GROUP_M: tl.constexpr):
     """Program -> (row block, column block): GROUP_M row blocks sweep the columns together and share weights in L2."""
@@ -87,16 +91,26 @@ def _rows_tile(a_desc, a_ptrs, a_row, row_mask, stride_ak, plane, k, K, BLOCK_M:
 
 
 @triton.jit
-def _group_ptrs(ptrs, stride_k, mask, k, K, PARTS: tl.constexpr, PART: tl.constexpr, SCALE_COLUMNS: tl.constexpr):
+def _group_ptrs(ptrs, stride_k, mask, k, K, PARTS: tl.constexpr, PART: tl.constexpr, SCALE_COLUMNS: tl.constexpr,
+                EVEN_K: tl.constexpr):  # fmt: skip
     """Where scales or zero points of PARTS of PART columns each from k on are, and which there are. [COLUMNS, PARTS]"""
-    column = k + tl.arange(0, PARTS)[None, :] * PART
-    return ptrs[:, None] + (column // SCALE_COLUMNS).to(tl.int64) * stride_k, mask[:, None] & (column < K)
+    part = tl.arange(0, PARTS)[None, :]
+    if PART == SCALE_COLUMNS:
+        # In a form from which the compiler sees that they are side by side, and how they are aligned.
+        group = k // (PARTS * PART) * PARTS + part
+    else:
+        group = k // SCALE_COLUMNS + part * PART // SCALE_COLUMNS
+    there = mask[:, None]
+    if not EVEN_K:
+        there = there & (k + part * PART < K)
+    return ptrs[:, None] + group.to(tl.int64) * stride_k, there
 
 
 @triton.jit
-def _group_scales(ptrs, stride_k, mask, k, K, PARTS: tl.constexpr, PART: tl.constexpr, SCALE_COLUMNS: tl.constexpr):
+def _group_scales(ptrs, stride_k, mask, k, K, PARTS: tl.constexpr, PART: tl.constexpr, SCALE_COLUMNS: tl.constexpr,
+                  EVEN_K: tl.constexpr):  # fmt: skip
     """Scales as they are stored, as `_group_ptrs` has them. [COLUMNS, PARTS]"""
-    ptrs, mask = _group_ptrs(ptrs, stride_k, mask, k, K, PARTS, PART, SCALE_COLUMNS)
+    ptrs, mask = _group_ptrs(ptrs, stride_k, mask, k, K, PARTS, PART, SCALE_COLUMNS, EVEN_K)
     return tl.load(ptrs, mask=mask, other=0)
 
 
@@ -118,6 +132,7 @@ def _accumulate(a_desc, a_ptrs, a_row, row_mask, stride_ak, w_desc, w_ptr, exper
     # Of what is stored, which has a column of each plane.
     STEP: tl.constexpr = BLOCK_K // PLANES
     STEP_BY_STEP: tl.constexpr = SCALE_COLUMNS > 0 and (ROWS_TOO or BLOCK_K <= SCALE_COLUMNS)
+    APART: tl.constexpr = FORMAT == "fp8_w8a8" or (WEIGHTS_ONLY and SCALE_COLUMNS > 0 and TOGGLE)
     IN_INTEGERS: tl.constexpr = FORMAT == "int8_w8a8" and not STEP_BY_STEP
     # Parts of a step that have one scale: all of it, or what `by_unit` or `by_group` takes.
     PARTS: tl.constexpr = (
@@ -133,7 +148,7 @@ def _accumulate(a_desc, a_ptrs, a_row, row_mask, stride_ak, w_desc, w_ptr, exper
         scale_ptrs = row_ptrs(scale_ptr, expert, scale_rows(w_rows, SCALE_ROWS), stride_se, stride_sn)
         if WEIGHTS_ONLY and STEP_BY_STEP:
             # A step ahead: nothing else would cover the way to memory of loads this small.
-            next_scale = _group_scales(scale_ptrs, stride_sk, w_mask, 0, K, 1, BLOCK_K, SCALE_COLUMNS)
+            next_scale = _group_scales(scale_ptrs, stride_sk, w_mask, 0, K, 1, BLOCK_K, SCALE_COLUMNS, True)
         if zero_ptr is not None:
             zero_ptrs = row_ptrs(zero_ptr, expert, zero_rows(w_rows, FORMAT), stride_ze, stride_zn)
     acc = tl.zeros((COLUMNS, BLOCK_M) if SWAP_AB else (BLOCK_M, COLUMNS), tl.int32 if IN_INTEGERS else tl.float32)
@@ -154,15 +169,17 @@ def _accumulate(a_desc, a_ptrs, a_row, row_mask, stride_ak, w_desc, w_ptr, exper
                 w = unit_order(w)
             if STEP_BY_STEP:
                 scale = scales_of(next_scale, tl.float32, FORMAT)
-                next_scale = _group_scales(scale_ptrs, stride_sk, w_mask, k + BLOCK_K, K, 1, BLOCK_K, SCALE_COLUMNS)
+                next_scale = _group_scales(scale_ptrs, stride_sk, w_mask, k + BLOCK_K, K, 1, BLOCK_K, SCALE_COLUMNS, False)
             elif SCALE_COLUMNS > 0:
                 # Not a step ahead: what the loop carries keeps Triton from making the weights where they are multiplied.
-                scale = _group_scales(scale_ptrs, stride_sk, w_mask, k, K, PARTS, PART, SCALE_COLUMNS)
+                scale = _group_scales(scale_ptrs, stride_sk, w_mask, k, K, PARTS, PART, SCALE_COLUMNS, EVEN_K)
                 scale = scales_of(scale, dtype, FORMAT)
             if zero_ptr is not None:
-                ptrs, there = _group_ptrs(zero_ptrs, stride_zk, w_mask, k, K, PARTS, PART, SCALE_COLUMNS)
+                ptrs, there = _group_ptrs(
+                    zero_ptrs, stride_zk, w_mask, k, K, PARTS, PART, SCALE_COLUMNS, EVEN_K
+                )
                 zero = zero_values(ptrs, w_rows[:, None], there, FORMAT)
-        total = tl.zeros_like(acc) if STEP_BY_STEP or FORMAT == "fp8_w8a8" else acc
+        total = tl.zeros_like(acc) if STEP_BY_STEP or APART else acc
         for plane in tl.static_range(PLANES):
             a = _rows_tile(a_desc, a_ptrs, a_row, row_mask, stride_ak, plane, stored, K, BLOCK_M, STEP, EVEN_K, PLANES)
             b = w
@@ -187,7 +204,7 @@ def _accumulate(a_desc, a_ptrs, a_row, row_mask, stride_ak, w_desc, w_ptr, exper
                     acc += total.to(tl.float32) * (w_scale[:, None] * a_scale[None, :])
                 else:
                     acc += total.to(tl.float32) * (a_scale[:, None] * w_scale[None, :])
-        elif FORMAT == "fp8_w8a8":
+        elif APART:
             # Hopper adds fp8 products with fewer bits than fp32: not more of them than a step has.
             acc += total
         else:
@@ -213,7 +230,7 @@ def up_kernel(
     N_MAJOR: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
     SWAP_AB: tl.constexpr, FORMAT: tl.constexpr, SCALE_ROWS: tl.constexpr, SCALE_COLUMNS: tl.constexpr,
-    PLANES: tl.constexpr, PDL: tl.constexpr,
+    S_UNIT: tl.constexpr, PLANES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """act[p] = act(x[token of p] @ w1[e]^T (* router weight) + b1[e]) for the sorted rows p.
 
@@ -223,6 +240,7 @@ def up_kernel(
     HALVES: tl.constexpr = GATED and not INTERLEAVED
     COLUMNS: tl.constexpr = 2 * BLOCK_N if GATED else BLOCK_N
     H, I, stride_xm = multiple(H, H_UNIT), multiple(I, I_UNIT), multiple(stride_xm, X_UNIT)
+    stride_se, stride_sn = multiple(stride_se, S_UNIT), multiple(stride_sn, S_UNIT)
     stride_we, stride_wn, stride_wk = weight_strides(stride_we, stride_wn, stride_wk, N_MAJOR, W_UNIT)
     if PDL:
         gdc_wait()
@@ -288,10 +306,11 @@ def down_kernel(
     N_MAJOR: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
     SWAP_AB: tl.constexpr, FORMAT: tl.constexpr, SCALE_ROWS: tl.constexpr, SCALE_COLUMNS: tl.constexpr,
-    PLANES: tl.constexpr, PDL: tl.constexpr,
+    S_UNIT: tl.constexpr, PLANES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """rows[p] = act[p] @ w2[e]^T + b2[e] for the sorted rows p. Padding rows are computed with, and never stored."""
     H, I = multiple(H, H_UNIT), multiple(I, I_UNIT)
+    stride_se, stride_sn = multiple(stride_se, S_UNIT), multiple(stride_sn, S_UNIT)
     stride_we, stride_wn, stride_wk = weight_strides(stride_we, stride_wn, stride_wk, N_MAJOR, W_UNIT)
     if PDL:
         gdc_wait()

@@ -76,14 +76,20 @@ def pair_code(FORMAT: str, dtype, plane: int, ADDS: bool) -> str:
 
 @triton.constexpr_function
 def _e2m1(name: str, plane: int) -> str:
-    # Exponent and mantissa come from bits 14 to 12, sign from bit 15 of `t`.
-    down, power = (6, (126 + 127) << 7) if name == "bf16" else (3, (14 + 15) << 10)
-    body = (
-        f"shl.b32 t, $1, {12 - 4 * plane}; shr.b32 u, t, {down}; and.b32 u, u, {_both(0x7000 >> down)};"
-        f"lop3.b32 t, t, {_both(0x8000)}, u, 0xea;"  # (t & sign) | u
-        f"mov.b32 power, {_both(power)}; mov.b32 zero, {_both(_MINUS_ZERO)}; fma.rn.{name}x2 $0, t, power, zero;"
-    )
-    return "{ .reg .b32 t, u, power, zero; " + body + " }"
+    if name == "bf16":
+        # Of planes 2 and 3 first 8 bits down: their shift is one. Then the code alone, times two powers of two: bit 3
+        # comes to bit 15, and bits 2 to 0 to bits 8 to 6.
+        at = 4 * (plane % 2)
+        body = "shr.b32 t, $1, 8;" if plane > 1 else "mov.b32 t, $1;"
+        body += f"and.b32 t, t, {_both(15 << at)}; mul.lo.u32 t, t, {(1 << 12 - at) + (1 << 6 - at)};"
+        body += f"and.b32 t, t, {_both(0x81C0)};"
+    else:
+        # There the two would overlap: the code to bits 15 to 12, and what is not the sign 3 bits down.
+        body = f"shl.b32 t, $1, {12 - 4 * plane}; shr.b32 u, t, 3; and.b32 u, u, {_both(0x0E00)};"
+        body += f"lop3.b32 t, t, {_both(0x8000)}, u, 0xea;"  # (t & sign) | u
+    power = (126 + 127) << 7 if name == "bf16" else (14 + 15) << 10
+    body += f"mov.b32 power, {_both(power)}; mov.b32 zero, {_both(_MINUS_ZERO)};"
+    return "{ .reg .b32 t, u, power, zero; " + body + f" fma.rn.{name}x2 $0, t, power, zero; }}"
 
 
 @triton.constexpr_function

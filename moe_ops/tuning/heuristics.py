@@ -14,6 +14,8 @@ _SHARED_MEMORY_RESERVE = 2048
 # Below this (sm_120 has 99 KiB) the large TMA tiles would be left with two stages, and spill.
 _LARGE_SHARED_MEMORY = 160 * 1024
 
+# Programs a multiprocessor that make numbers of weights: of four warps, and one beside the other.
+_PROGRAMS = 4
 # I up to which the down GEMM's reduction is short.
 _SHORT_REDUCTION = 1024
 # I up to which an expert has so few columns that a second row block, which reads them again, costs more than padding.
@@ -60,8 +62,11 @@ def tile_configs(
         step_by_step = problem.scheme.name == "fp8_w8a8" or (problem.scheme.row_dtype and problem.scheme.scale_columns)
         most = 4096 if step_by_step else 8192
         up, down = (replace(t, block_k=128, block_n=min(t.block_n, most // t.block_m)) for t in (up, down))
-        if up.swap_ab and rows_per_expert <= 8 and problem.scheme.row_dtype is not None:
-            up, down = _few_quantized_rows(rows_per_expert, problem, up, down)
+        if up.swap_ab and rows_per_expert <= 8:
+            if problem.scheme.weights_only:
+                up, down = _few_rows_weights_only(problem, device, up, down)
+            else:
+                up, down = _few_quantized_rows(rows_per_expert, problem, up, down)
     return fit(up, device, itemsize, gated=problem.activation.gated), fit(down, device, itemsize, gated=False)
 
 
@@ -119,6 +124,22 @@ def _few_quantized_rows(
     if problem.intermediate_size > _SHORT_REDUCTION:
         down = replace(down, block_n=128)
     return up, down
+
+
+def _few_rows_weights_only(
+    problem: Problem, device: Device, up: TileConfig, down: TileConfig
+) -> tuple[TileConfig, TileConfig]:
+    """64 rows of weights a program, or 128 where that leaves enough programs to make numbers of them side by side.
+
+    Groups that are scaled by their product, one a step, have no use for more rows.
+    """
+    experts = min(problem.num_routes, problem.num_experts)
+    rows = {"up": problem.w1_rows, "down": problem.hidden_size}
+    wide = {name: count // 128 * experts >= _PROGRAMS * device.num_sms for name, count in rows.items()}
+    columns = 64 if wide["up"] and problem.scheme.name == "mxfp4_w4a16" else 32
+    columns = columns if problem.activation.gated else 2 * columns
+    up = replace(up, block_n=columns, block_k=128, num_warps=4, num_stages=3)
+    return up, replace(down, block_n=128 if wide["down"] else 64, block_k=128, num_warps=4, num_stages=3)
 
 
 def _classic(rows: float) -> tuple[TileConfig, TileConfig]:
