@@ -216,7 +216,6 @@ def _tile(plan: Plan, config, reduction: int, problem: Problem) -> dict[str, obj
         "PLANES": plan.planes,
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
-        **({"maxnreg": int(__import__("os").environ["MAXNREG"])} if __import__("os").environ.get("MAXNREG", "0") != "0" else {}),
     }
 
 

@@ -40,10 +40,6 @@ from moe_ops.kernels.layout import (
 )
 
 
-import os
-TOGGLE = tl.constexpr(os.environ.get("TOGGLE", "1") == "1")
-
-
 @triton.jit
 def _tile(pid, num_m, num_n, GROUP_M: tl.constexpr):
     """Program -> (row block, column block): GROUP_M row blocks sweep the columns together and share weights in L2."""
@@ -132,7 +128,9 @@ def _accumulate(a_desc, a_ptrs, a_row, row_mask, stride_ak, w_desc, w_ptr, exper
     # Of what is stored, which has a column of each plane.
     STEP: tl.constexpr = BLOCK_K // PLANES
     STEP_BY_STEP: tl.constexpr = SCALE_COLUMNS > 0 and (ROWS_TOO or BLOCK_K <= SCALE_COLUMNS)
-    APART: tl.constexpr = FORMAT == "fp8_w8a8" or (WEIGHTS_ONLY and SCALE_COLUMNS > 0 and TOGGLE)
+    # A step's sum by itself: Hopper adds fp8 products with fewer bits than fp32, and where the weights are made between
+    # the products, ptxas would make each wgmma wait for the one before if the loop carried their accumulator.
+    APART: tl.constexpr = STEP_BY_STEP or FORMAT == "fp8_w8a8" or (WEIGHTS_ONLY and SCALE_COLUMNS > 0)
     IN_INTEGERS: tl.constexpr = FORMAT == "int8_w8a8" and not STEP_BY_STEP
     # Parts of a step that have one scale: all of it, or what `by_unit` or `by_group` takes.
     PARTS: tl.constexpr = (
@@ -179,7 +177,7 @@ def _accumulate(a_desc, a_ptrs, a_row, row_mask, stride_ak, w_desc, w_ptr, exper
                     zero_ptrs, stride_zk, w_mask, k, K, PARTS, PART, SCALE_COLUMNS, EVEN_K
                 )
                 zero = zero_values(ptrs, w_rows[:, None], there, FORMAT)
-        total = tl.zeros_like(acc) if STEP_BY_STEP or APART else acc
+        total = tl.zeros(acc.shape, tl.int32 if FORMAT == "int8_w8a8" else tl.float32) if APART else acc
         for plane in tl.static_range(PLANES):
             a = _rows_tile(a_desc, a_ptrs, a_row, row_mask, stride_ak, plane, stored, K, BLOCK_M, STEP, EVEN_K, PLANES)
             b = w
@@ -189,9 +187,9 @@ def _accumulate(a_desc, a_ptrs, a_row, row_mask, stride_ak, w_desc, w_ptr, exper
                     b = scaled(b, scale, w.dtype, PLANES, dtype)
                 b = b.T
             if SWAP_AB:
-                total = tl.dot(b.T, a.T, total, input_precision=PRECISION, out_dtype=acc.dtype)
+                total = tl.dot(b.T, a.T, total, input_precision=PRECISION, out_dtype=total.dtype)
             else:
-                total = tl.dot(a, b, total, input_precision=PRECISION, out_dtype=acc.dtype)
+                total = tl.dot(a, b, total, input_precision=PRECISION, out_dtype=total.dtype)
         if STEP_BY_STEP:
             if WEIGHTS_ONLY:
                 acc += total * (scale if SWAP_AB else scale.T)
@@ -205,7 +203,6 @@ def _accumulate(a_desc, a_ptrs, a_row, row_mask, stride_ak, w_desc, w_ptr, exper
                 else:
                     acc += total.to(tl.float32) * (a_scale[:, None] * w_scale[None, :])
         elif APART:
-            # Hopper adds fp8 products with fewer bits than fp32: not more of them than a step has.
             acc += total
         else:
             acc = total

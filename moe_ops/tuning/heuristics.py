@@ -14,8 +14,8 @@ _SHARED_MEMORY_RESERVE = 2048
 # Below this (sm_120 has 99 KiB) the large TMA tiles would be left with two stages, and spill.
 _LARGE_SHARED_MEMORY = 160 * 1024
 
-# Programs a multiprocessor that make numbers of weights: of four warps, and one beside the other.
-_PROGRAMS = 4
+# Programs a multiprocessor that make numbers of weights, each of four warps; and of mxfp4's down GEMM.
+_PROGRAMS, _PROGRAMS_LONG = 4, 1.5
 # I up to which the down GEMM's reduction is short.
 _SHORT_REDUCTION = 1024
 # I up to which an expert has so few columns that a second row block, which reads them again, costs more than padding.
@@ -131,15 +131,20 @@ def _few_rows_weights_only(
 ) -> tuple[TileConfig, TileConfig]:
     """64 rows of weights a program, or 128 where that leaves enough programs to make numbers of them side by side.
 
-    Groups that are scaled by their product, one a step, have no use for more rows.
+    mxfp4 has no use for 128 where its scales cannot be copied a step ahead: whole steps, and rows of 4 bytes.
     """
     experts = min(problem.num_routes, problem.num_experts)
-    rows = {"up": problem.w1_rows, "down": problem.hidden_size}
-    wide = {name: count // 128 * experts >= _PROGRAMS * device.num_sms for name, count in rows.items()}
-    columns = 64 if wide["up"] and problem.scheme.name == "mxfp4_w4a16" else 32
-    columns = columns if problem.activation.gated else 2 * columns
+    mx = problem.scheme.name == "mxfp4_w4a16"
+
+    def rows(count: int, reduction: int, programs: float) -> int:
+        few = count // 128 * experts < programs * device.num_sms or (mx and reduction % 128)
+        return 64 if few else 128
+
+    columns = rows(problem.w1_rows, problem.hidden_size, _PROGRAMS) if mx else 64
+    columns = columns // 2 if problem.activation.gated else columns
+    down_rows = rows(problem.hidden_size, problem.intermediate_size, _PROGRAMS_LONG if mx else _PROGRAMS)
     up = replace(up, block_n=columns, block_k=128, num_warps=4, num_stages=3)
-    return up, replace(down, block_n=128 if wide["down"] else 64, block_k=128, num_warps=4, num_stages=3)
+    return up, replace(down, block_n=down_rows, block_k=128, num_warps=4, num_stages=3)
 
 
 def _classic(rows: float) -> tuple[TileConfig, TileConfig]:
