@@ -63,6 +63,10 @@ class Plan:
         """Upper bound of the sorted rows, padding included."""
         return self.max_tiles * self.block_m
 
+    def plane_width(self, columns: int) -> int:
+        """Elements from one plane of a row of so many columns to the next, as `kernels.layout.plane_stride`."""
+        return -(-columns // self.planes // _PLANE_UNIT) * _PLANE_UNIT
+
 
 @dataclass(frozen=True)
 class Override:
@@ -136,7 +140,7 @@ def _variant_of(tile: TileConfig) -> str:
 
 
 def _planes(problem: Problem, variant: str, up: TileConfig, down: TileConfig) -> int:
-    """As `Plan.planes`: two bytes at once where the weights' layout has them, and tiles leave the tensor cores a step."""
+    """As `Plan.planes`: two bytes at once where the weights' layout has them and the tiles' steps are long enough."""
     scheme = problem.scheme
     if variant not in ("direct", "sorted") or not scheme.weights_only:
         return 1
@@ -185,24 +189,15 @@ def _workspace_bytes(problem: Problem, plan: Plan) -> int:
         act = 0  # quantised before it is stored
     rows = plan.max_rows * row_stride(problem.hidden_size) * problem.dtype.itemsize
     if plan.planes > 1:
-        act = plan.max_rows * _planes_stride(problem.intermediate_size, plan.planes) * problem.dtype.itemsize
-        rows += problem.num_tokens * _planes_stride(problem.hidden_size, plan.planes) * problem.dtype.itemsize
+        width = plan.planes * problem.dtype.itemsize
+        act = plan.max_rows * plan.plane_width(problem.intermediate_size) * width
+        rows += problem.num_tokens * plan.plane_width(problem.hidden_size) * width
     if scheme.quantizes_inputs:
         quantized += _quantized_bytes(problem.num_tokens, problem.hidden_size, scheme.inputs)
     if scheme.act:
         quantized += _quantized_bytes(plan.max_rows, problem.intermediate_size, scheme.act)
     sort = routing.workspace_bytes(problem.num_routes, problem.num_experts, plan.block_m)
     return act + rows + quantized + sort
-
-
-def _planes_stride(columns: int, planes: int) -> int:
-    """Elements of a row in planes."""
-    return planes * plane_width(columns, planes)
-
-
-def plane_width(columns: int, planes: int) -> int:
-    """Elements from one plane of a row to the next, as `kernels.layout.plane_stride`."""
-    return -(-columns // planes // _PLANE_UNIT) * _PLANE_UNIT
 
 
 def _quantized_bytes(num_rows: int, columns: int, granularity: str) -> int:

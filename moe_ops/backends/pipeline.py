@@ -69,8 +69,8 @@ def run(args: Arguments, problem: Problem, plan: Plan, out: Tensor, describe: De
 def stages(args: Arguments, problem: Problem, plan: Plan, out: Tensor, describe: Describe | None) -> Iterator[str]:
     """`run` in steps: launches one stage at a time and yields its name.
 
-    The names are "route", "quantize" and "planes" (of the hidden states), "up" (quantisation of its result included), "down" and
-    "combine"; not every call has all of them.
+    The names are "route", "quantize" and "planes" (of the hidden states), "up" (quantisation of its result included),
+    "down" and "combine"; not every call has all of them.
     """
     with on_device(args.hidden_states):
         router_weights = args.topk_weights.contiguous()
@@ -155,7 +155,8 @@ def _down(args, problem: Problem, plan: Plan, describe: Describe | None, routing
          act.values.stride(0), *w2.stride(), stride_be, rows.stride(0),
          act.scale, *act.strides, *weight_scales(args, problem, "w2")),
         lambda: {
-            **weight_constexprs(w2), **_sizes(problem), "S_UNIT": scale_unit(args.w2_scale), **_tile(plan, config, problem.intermediate_size, problem),
+            **weight_constexprs(w2), **_sizes(problem), "S_UNIT": scale_unit(args.w2_scale),
+            **_tile(plan, config, problem.intermediate_size, problem),
             **dependent(plan),
         },
     )  # fmt: skip

@@ -31,7 +31,8 @@ def stages(args: Arguments, problem: Problem, plan: Plan, out: Tensor) -> Iterat
 def _w1(args: Arguments, problem: Problem, plan: Plan) -> TensorDescriptor:
     halves = problem.activation.gated and problem.gate_up_layout == "concatenated"
     rows = plan.up.block_n * (2 if problem.activation.gated and not halves else 1)
-    return _weight_descriptor(stored_weight(args.w1, problem, plan), rows, plan.up.block_k // plan.planes, halves=halves)
+    w1 = stored_weight(args.w1, problem, plan)
+    return _weight_descriptor(w1, rows, plan.up.block_k // plan.planes, halves=halves)
 
 
 def _w2(args: Arguments, problem: Problem, plan: Plan) -> TensorDescriptor:

@@ -142,6 +142,7 @@ def scaled(values, scale, stored: tl.constexpr, PLANES: tl.constexpr, dtype: tl.
     SHAPE: tl.constexpr = values.shape
     values, scale = _by_parts(values, scale, PLANES)
     if in_pairs(stored, dtype) and scale.dtype == dtype:
-        return tl.inline_asm_elementwise(pair_product(dtype), "=r,r,r", [values, scale], scale.dtype, True, 2).reshape(SHAPE)
+        code: tl.constexpr = pair_product(dtype)
+        return tl.inline_asm_elementwise(code, "=r,r,r", [values, scale], scale.dtype, True, 2).reshape(SHAPE)
     else:
         return (values.to(tl.float32) * scale.to(tl.float32)).to(dtype).reshape(SHAPE)

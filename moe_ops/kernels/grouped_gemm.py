@@ -132,7 +132,7 @@ def _accumulate(a_desc, a_ptrs, a_row, row_mask, stride_ak, w_desc, w_ptr, exper
     # the products, ptxas would make each wgmma wait for the one before if the loop carried their accumulator.
     APART: tl.constexpr = STEP_BY_STEP or FORMAT == "fp8_w8a8" or (WEIGHTS_ONLY and SCALE_COLUMNS > 0)
     IN_INTEGERS: tl.constexpr = FORMAT == "int8_w8a8" and not STEP_BY_STEP
-    # Parts of a step that have one scale: all of it, or what `by_unit` or `by_group` takes.
+    # Parts of a step that have one scale: all of it, units of rows in planes, or groups.
     PARTS: tl.constexpr = (
         1 if SCALE_COLUMNS == 0 or STEP_BY_STEP else STEP // UNIT if PLANES > 1 else BLOCK_K // SCALE_COLUMNS
     )
@@ -167,15 +167,15 @@ def _accumulate(a_desc, a_ptrs, a_row, row_mask, stride_ak, w_desc, w_ptr, exper
                 w = unit_order(w)
             if STEP_BY_STEP:
                 scale = scales_of(next_scale, tl.float32, FORMAT)
-                next_scale = _group_scales(scale_ptrs, stride_sk, w_mask, k + BLOCK_K, K, 1, BLOCK_K, SCALE_COLUMNS, False)
+                next_scale = _group_scales(
+                    scale_ptrs, stride_sk, w_mask, k + BLOCK_K, K, 1, BLOCK_K, SCALE_COLUMNS, False
+                )
             elif SCALE_COLUMNS > 0:
-                # Not a step ahead: what the loop carries keeps Triton from making the weights where they are multiplied.
+                # Not a step ahead: what the loop carries keeps Triton from making the weights in registers.
                 scale = _group_scales(scale_ptrs, stride_sk, w_mask, k, K, PARTS, PART, SCALE_COLUMNS, EVEN_K)
                 scale = scales_of(scale, dtype, FORMAT)
             if zero_ptr is not None:
-                ptrs, there = _group_ptrs(
-                    zero_ptrs, stride_zk, w_mask, k, K, PARTS, PART, SCALE_COLUMNS, EVEN_K
-                )
+                ptrs, there = _group_ptrs(zero_ptrs, stride_zk, w_mask, k, K, PARTS, PART, SCALE_COLUMNS, EVEN_K)
                 zero = zero_values(ptrs, w_rows[:, None], there, FORMAT)
         total = tl.zeros(acc.shape, tl.int32 if FORMAT == "int8_w8a8" else tl.float32) if APART else acc
         for plane in tl.static_range(PLANES):

@@ -8,11 +8,11 @@ number's fields can be put together from bits where they are:
             fp16  0x6400 | q                    1024 + q
     int8    bf16  0x4300 | low 7 bits            128 + those, less 128 or 256 (0x4300 | sign bit: 0x4300 or 0x4380)
             fp16  0x6400 | (q ^ 0x80)           1024 + 128 + q
-    e2m1    sign to the sign; exponent and mantissa to the lowest exponent bits and the highest of the mantissa: a number
-            2^126 (bf16) or 2^14 (fp16) too small, subnormal 0.5 included, times that power
+    e2m1    sign to the sign; exponent and mantissa to the lowest exponent bits and the highest of the mantissa:
+            a number 2^126 (bf16) or 2^14 (fp16) too small, subnormal 0.5 included, times that power
 
-All of it is exact: the integers are below 256 (bf16 has 8 bits of significand) or 2048 (fp16: 11). `mul` and `sub` of
-pairs of bfloat16 need compute capability 9.0; fma has them on 8.0 (a product is fma with -0, which keeps the sign of 0).
+All of it is exact: integers are at most 256 (bf16 has 8 bits of significand) or 2048 (fp16: 11). `mul` and `sub` of
+pairs of bfloat16 need compute capability 9.0; fma has them on 8.0 (a product is fma with -0: it keeps the sign of 0).
 """
 
 import triton
