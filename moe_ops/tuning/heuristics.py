@@ -130,8 +130,9 @@ def _weights_only(rows: float, problem: Problem, device: Device) -> tuple[TileCo
 
     A program has 64 rows of weights, or with few rows 128 where that leaves enough programs to make numbers of them
     side by side. mxfp4 has no use for 128 where its scales cannot be copied a step ahead, which takes whole steps.
+    With groups a step's sums stand beside the others: more than 64 rows would spill.
     """
-    if rows > 96:
+    if rows > 96 and not problem.scheme.scale_columns:
         return TileConfig(128, 64, 128, 8, 8, 3, True), TileConfig(128, 128, 128, 8, 8, 3, True)
     experts = min(problem.num_routes, problem.num_experts)
     mx = problem.scheme.name == "mxfp4_w4a16"
