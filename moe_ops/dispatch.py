@@ -15,6 +15,8 @@ from moe_ops.tuning import VARIANTS, TileConfig, choose_variant, tile_configs, t
 # TMA: base addresses and all strides but the innermost in units of 16 bytes.
 _TMA_ALIGNMENT = 16
 _ROW_UNIT = 16
+# Elements of a plane whose order `kernels.layout.unit_order` changes: a step has whole ones.
+_PLANE_UNIT = 32
 _FP8_CAPABILITY = (8, 9)
 _INTERPRETER_CURE = "set TRITON_INTERPRET=1 before the process starts to run Triton kernels on the CPU"
 
@@ -34,6 +36,8 @@ class Plan:
         down: tile of the down GEMM; None on the paths without tiles.
         max_tiles: upper bound of the row blocks, from shapes alone.
         num_sms: the device's multiprocessors, for persistent kernels.
+        planes: weights in one element of what is stored, as the kernels of "sorted" read it; those of a row with one
+            remainder by it are together in its activations, in planes.
         workspace_bytes: device memory taken beside the result.
         kernels: what was compiled for it, filled by the backends as they launch; no part of the plan's value.
     """
@@ -46,6 +50,7 @@ class Plan:
     down: TileConfig | None = None
     max_tiles: int = 0
     num_sms: int = 1
+    planes: int = 1
     workspace_bytes: int = 0
     kernels: dict = field(default_factory=dict, compare=False, repr=False)
 
@@ -63,6 +68,10 @@ class Plan:
     def max_rows(self) -> int:
         """Upper bound of the sorted rows, padding included."""
         return self.max_tiles * self.block_m
+
+    def plane_width(self, columns: int) -> int:
+        """Elements from one plane of a row of so many columns to the next, as `kernels.layout.plane_stride`."""
+        return -(-columns // self.planes // _PLANE_UNIT) * _PLANE_UNIT
 
 
 @dataclass(frozen=True)
@@ -126,13 +135,31 @@ def make_plan(problem: Problem, device: Device) -> Plan:
     if variant != "direct":
         max_tiles = routing.max_row_blocks(problem.num_routes, problem.num_experts, up.block_m)
     dependent_launch = device.capability is not None and device.capability >= (9, 0) and not device.interpreted
-    plan = Plan(path, reason, variant, dependent_launch, up, down, max_tiles, device.num_sms)
+    planes = _planes(problem, variant, up, down)
+    plan = Plan(path, reason, variant, dependent_launch, up, down, max_tiles, device.num_sms, planes)
     return replace(plan, workspace_bytes=_workspace_bytes(problem, plan))
 
 
 def _variant_of(tile: TileConfig) -> str:
     """The variant that forced tiles mean where none is forced with them."""
     return "direct" if tile.block_m == 1 else "sorted"
+
+
+def _planes(problem: Problem, variant: str, up: TileConfig, down: TileConfig) -> int:
+    """As `Plan.planes`: two bytes at once where the weights' layout has them and the tiles' steps are long enough."""
+    scheme = problem.scheme
+    if variant not in ("direct", "sorted") or not scheme.weights_only:
+        return 1
+    planes = 2 * scheme.planes
+    strides = problem.w1_strides, problem.w2_strides
+    wide = (
+        problem.dtype.itemsize == 2
+        and all(size % planes == 0 for size in (problem.hidden_size, problem.intermediate_size))
+        and all(s[2] == 1 and s[0] % 2 == s[1] % 2 == 0 for s in strides)
+        and problem.w1_address % 2 == problem.w2_address % 2 == 0
+        and (variant == "direct" or min(up.block_k, down.block_k) >= _PLANE_UNIT * planes)
+    )
+    return planes if wide else scheme.planes
 
 
 def _check_tiles(problem: Problem, variant: str, up: TileConfig, down: TileConfig) -> None:
@@ -143,6 +170,9 @@ def _check_tiles(problem: Problem, variant: str, up: TileConfig, down: TileConfi
         raise ValueError(f"block_m is {up.block_m} in variant {variant!r}; it is 1 in 'direct', and in no other")
     if not unsorted and min(min(tile.block_m, tile.block_n, tile.block_k) for tile in (up, down)) < 16:
         raise ValueError(f"a block of {up} or {down} is below 16, which only variant 'direct' can have")
+    least = _PLANE_UNIT * problem.scheme.planes
+    if problem.scheme.packed and not unsorted and min(up.block_k, down.block_k) < least:
+        raise ValueError(f"block_k of {up} or {down} is below {least}, {_PLANE_UNIT} bytes of packed weights")
     blocks = problem.scheme.row_dtype is not None and problem.scheme.scale_columns > 0
     if blocks and not unsorted and max(up.block_k, down.block_k) > GROUP:
         raise ValueError(f"block_k of {up} or {down} is above {GROUP}, the columns that share a scale of the rows")
@@ -164,6 +194,10 @@ def _workspace_bytes(problem: Problem, plan: Plan) -> int:
     if plan.variant == "blockscaled" or (plan.variant == "pingpong" and scheme.act in ("tensor", "expert")):
         act = 0  # quantised before it is stored
     rows = plan.max_rows * row_stride(problem.hidden_size) * problem.dtype.itemsize
+    if plan.planes > 1:
+        width = plan.planes * problem.dtype.itemsize
+        act = plan.max_rows * plan.plane_width(problem.intermediate_size) * width
+        rows += problem.num_tokens * plan.plane_width(problem.hidden_size) * width
     if scheme.quantizes_inputs:
         quantized += _quantized_bytes(problem.num_tokens, problem.hidden_size, scheme.inputs)
     if scheme.act:

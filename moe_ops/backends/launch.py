@@ -79,6 +79,11 @@ def weight_scales(args: Arguments, problem: Problem, which: str) -> tuple[Tensor
     return (scale, *strides, zero_point, *((0, 0, 0) if zero_point is None else zero_point.stride()))
 
 
+def stored_weight(weight: Tensor, problem: Problem, plan: Plan) -> Tensor:
+    """A weight in the elements that the kernels read: two bytes at once where `plan.planes` says so."""
+    return weight.view(torch.int16) if plan.planes > problem.scheme.planes else weight
+
+
 def activation_constexprs(problem: Problem) -> dict[str, object]:
     """What the kernels of the up GEMM have to know of the activation."""
     return {
@@ -107,6 +112,12 @@ def result_launch(stage: str, out: Tensor, reduce_topk: bool) -> tuple[Hashable,
 def unit(*sizes: int) -> int:
     """What all sizes are multiples of, 32, 16 or 8, else 1: what the compiler has to know to load 16 bytes at once."""
     return next((n for n in (32, 16, 8) if all(size % n == 0 for size in sizes)), 1)
+
+
+def scale_unit(scale: Tensor | None) -> int:
+    """What the strides from expert to expert and from row to row of a weight's scales are multiples of, up to 16."""
+    strides = () if scale is None else scale.stride()[:2]
+    return next(n for n in (16, 8, 4, 2, 1) if all(stride % n == 0 for stride in strides))
 
 
 def weight_constexprs(weight: Tensor) -> dict[str, object]:

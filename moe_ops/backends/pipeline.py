@@ -7,7 +7,7 @@ import torch
 import triton
 from torch import Tensor
 
-from moe_ops.backends import gemv, quantize
+from moe_ops.backends import gemv, planes, quantize
 from moe_ops.backends.launch import (
     Launcher,
     activation_constexprs,
@@ -16,6 +16,8 @@ from moe_ops.backends.launch import (
     format_constexprs,
     on_device,
     result_launch,
+    scale_unit,
+    stored_weight,
     unit,
     weight_constexprs,
     weight_scales,
@@ -67,8 +69,8 @@ def run(args: Arguments, problem: Problem, plan: Plan, out: Tensor, describe: De
 def stages(args: Arguments, problem: Problem, plan: Plan, out: Tensor, describe: Describe | None) -> Iterator[str]:
     """`run` in steps: launches one stage at a time and yields its name.
 
-    The names are "route", "quantize" (of the hidden states), "up" (quantisation of its result included), "down" and
-    "combine"; not every call has all of them.
+    The names are "route", "quantize" and "planes" (of the hidden states), "up" (quantisation of its result included),
+    "down" and "combine"; not every call has all of them.
     """
     with on_device(args.hidden_states):
         router_weights = args.topk_weights.contiguous()
@@ -84,6 +86,8 @@ def stages(args: Arguments, problem: Problem, plan: Plan, out: Tensor, describe:
             return
         x = quantize.empty_inputs(args, problem)
         progress = args.topk_ids.new_empty(PROGRESS, dtype=torch.int32) if plan.persistent else None
+        if plan.planes > 1:
+            x = ScaledRows(planes.empty(x.values, *x.values.shape, plan))
         routing = sort_routes(
             args.topk_ids, problem.num_experts, plan.block_m, args.expert_map, Launcher(plan.kernels),
             plan.dependent_launch, progress,
@@ -92,6 +96,9 @@ def stages(args: Arguments, problem: Problem, plan: Plan, out: Tensor, describe:
         if problem.scheme.quantizes_inputs:
             quantize.inputs(args, problem, plan, x)
             yield "quantize"
+        if plan.planes > 1:
+            planes.fill(args.hidden_states, x.values, plan)
+            yield "planes"
         act = _UP[plan.variant](args, problem, plan, describe, routing, progress, router_weights, x)
         yield "up"
         rows = _workspace(args, problem, plan, problem.hidden_size)
@@ -109,21 +116,25 @@ def _workspace(args: Arguments, problem: Problem, plan: Plan, columns: int) -> T
 
 def _up(args, problem: Problem, plan: Plan, describe: Describe | None, routing: Routing, _, router_weights,
         x: ScaledRows) -> ScaledRows:  # fmt: skip
-    config, w1 = plan.up, args.w1
+    config, w1 = plan.up, stored_weight(args.w1, problem, plan)
     bias, stride_be = bias_and_stride(args.w1_bias)
     w1_desc = None if describe is None else describe.w1(args, problem, plan)
-    act = _workspace(args, problem, plan, problem.intermediate_size)
+    if plan.planes > 1:
+        act = planes.empty(x.values, plan.max_rows, problem.intermediate_size, plan)
+    else:
+        act = _workspace(args, problem, plan, problem.intermediate_size)
     Launcher(plan.kernels)(
         "up", up_kernel, plan.max_tiles * triton.cdiv(problem.intermediate_size, config.block_n),
         (x.values, w1_desc, None if w1_desc is not None else w1, bias,
          router_weights if problem.router_weight_on_input else None, act, *routing[:2],
          problem.num_routes, problem.top_k,
          problem.hidden_size, problem.intermediate_size, problem.alpha or 0.0, problem.limit or 0.0,
-         *x.values.stride(), *problem.w1_strides, stride_be, act.stride(0),
+         x.values.stride(0), x.values.stride(-1), *w1.stride(), stride_be, act.stride(0),
          x.scale, *x.strides, *weight_scales(args, problem, "w1")),
         lambda: {
             **activation_constexprs(problem),
             "X_UNIT": unit(x.values.stride(0)), **weight_constexprs(w1), **_sizes(problem),
+            "S_UNIT": scale_unit(args.w1_scale),
             **_tile(plan, config, problem.hidden_size, problem), **dependent(plan),
         },
     )  # fmt: skip
@@ -132,20 +143,21 @@ def _up(args, problem: Problem, plan: Plan, describe: Describe | None, routing: 
 
 def _down(args, problem: Problem, plan: Plan, describe: Describe | None, routing: Routing, _, act: ScaledRows,
           rows: Tensor) -> None:  # fmt: skip
-    config, w2 = plan.down, args.w2
+    config, w2 = plan.down, stored_weight(args.w2, problem, plan)
     bias, stride_be = bias_and_stride(args.w2_bias)
-    act_desc, w2_desc = (None, None) if describe is None else (
-        describe.act(act.values, plan), describe.w2(args, problem, plan)
-    )  # fmt: skip
+    # A box of each plane would bring whole row blocks, most of whose rows are padding where this matters.
+    act_desc = None if describe is None or plan.planes > 1 else describe.act(act.values, plan)
+    w2_desc = None if describe is None else describe.w2(args, problem, plan)
     Launcher(plan.kernels)(
         "down", down_kernel, plan.max_tiles * triton.cdiv(problem.hidden_size, config.block_n),
         (act_desc, act.values, w2_desc, None if w2_desc is not None else w2, bias, rows,
          *routing[:2], problem.num_routes,
          problem.hidden_size, problem.intermediate_size,
-         act.values.stride(0), *problem.w2_strides, stride_be, rows.stride(0),
+         act.values.stride(0), *w2.stride(), stride_be, rows.stride(0),
          act.scale, *act.strides, *weight_scales(args, problem, "w2")),
         lambda: {
-            **weight_constexprs(w2), **_sizes(problem), **_tile(plan, config, problem.intermediate_size, problem),
+            **weight_constexprs(w2), **_sizes(problem), "S_UNIT": scale_unit(args.w2_scale),
+            **_tile(plan, config, problem.intermediate_size, problem),
             **dependent(plan),
         },
     )  # fmt: skip
@@ -206,6 +218,7 @@ def _tile(plan: Plan, config, reduction: int, problem: Problem) -> dict[str, obj
         "BLOCK_K": config.block_k,
         "GROUP_M": config.group_m,
         "SWAP_AB": config.swap_ab,
+        "PLANES": plan.planes,
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
     }

@@ -10,6 +10,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from moe_ops.backends import pipeline
+from moe_ops.backends.launch import stored_weight
 from moe_ops.dispatch import Plan
 from moe_ops.problem import Arguments, Problem
 
@@ -30,19 +31,19 @@ def stages(args: Arguments, problem: Problem, plan: Plan, out: Tensor) -> Iterat
 def _w1(args: Arguments, problem: Problem, plan: Plan) -> TensorDescriptor:
     halves = problem.activation.gated and problem.gate_up_layout == "concatenated"
     rows = plan.up.block_n * (2 if problem.activation.gated and not halves else 1)
-    return _weight_descriptor(args.w1, rows, _stored(plan.up.block_k, problem), halves=halves)
+    w1 = stored_weight(args.w1, problem, plan)
+    return _weight_descriptor(w1, rows, plan.up.block_k // plan.planes, halves=halves)
 
 
 def _w2(args: Arguments, problem: Problem, plan: Plan) -> TensorDescriptor:
-    return _weight_descriptor(args.w2, plan.down.block_n, _stored(plan.down.block_k, problem), halves=False)
-
-
-def _stored(columns: int, problem: Problem) -> int:
-    return columns // 2 if problem.scheme.packed else columns
+    w2 = stored_weight(args.w2, problem, plan)
+    return _weight_descriptor(w2, plan.down.block_n, plan.down.block_k // plan.planes, halves=False)
 
 
 def _act(act: Tensor, plan: Plan) -> TensorDescriptor:
-    return _descriptor(act, tuple(act.shape), act.stride(), (plan.down.block_m, plan.down.block_k))
+    """Of rows, or of rows in planes: past the columns of one there are zeros, and not the next."""
+    box = (plan.down.block_m, *(1,) * (act.ndim - 2), plan.down.block_k // plan.planes)
+    return _descriptor(act, tuple(act.shape), act.stride(), box)
 
 
 _DESCRIBE = pipeline.Describe(_w1, _w2, _act)

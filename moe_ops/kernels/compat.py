@@ -15,6 +15,9 @@ except ImportError:
     # Gluon is experimental and may be absent or have moved; only the kernels written in it miss it.
     _gluon = _async_copy = _tma = None
 
+# Triton's interpreter runs no inline PTX: kernels that have some have the same in Triton beside it.
+INTERPRETED = triton.knobs.runtime.interpret
+
 
 def _first(module, *names: str):
     """The first of these names that the module has, None if it has none."""

@@ -7,6 +7,9 @@ the even column in the low nibble.
 import triton
 import triton.language as tl
 
+from moe_ops.kernels.layout import by_unit
+from moe_ops.kernels.pairs import adds, in_pairs, pair_code, pair_offset, pair_product
+
 # The middle of the unsigned range, which int4 weights stand around where they have no zero points.
 _INT4_ZERO = tl.constexpr(8.0)
 _INT8_ZERO = tl.constexpr(128.0)
@@ -56,11 +59,29 @@ def scale_values(scale, FORMAT: tl.constexpr):
 
 
 @triton.jit
+def scales_of(scale, dtype: tl.constexpr, FORMAT: tl.constexpr):
+    """Scales as stored -> in `dtype` where it holds them exactly, else in fp32."""
+    if FORMAT == "mxfp4_w4a16" and dtype == tl.bfloat16:
+        e = scale.to(tl.int16)
+        # bfloat16's exponent field; 2^-127 is subnormal, and the field of NaN alone would be infinity's.
+        return tl.where(e == _E8M0_NAN, 0x7FC0, tl.maximum(e << 7, 1 << 6)).to(tl.int16).to(tl.bfloat16, bitcast=True)
+    elif FORMAT != "mxfp4_w4a16" and scale.dtype == dtype:
+        return scale
+    else:
+        return scale_values(scale, FORMAT)
+
+
+@triton.jit
 def zero_values(zero_ptrs, rows, mask, FORMAT: tl.constexpr):
-    """Zero points of rows of a weight; packed ones have two rows in a byte, the even one in the low nibble."""
+    """Zero points of rows of a weight; packed ones have two rows in a byte, the even one in the low nibble.
+
+    Which nibble by two masks of loads: where weights become operands of the tensor cores, Triton follows what they are
+    made of back to loads, and to nothing else.
+    """
     if FORMAT == "int4_w4a16":
-        packed = tl.load(zero_ptrs, mask=mask, other=0).to(tl.int32)
-        return ((packed >> (4 * (rows & 1))) & 15).to(tl.float32)
+        odd = tl.load(zero_ptrs, mask=mask & (rows % 2 == 1), other=0).to(tl.int32)
+        even = tl.load(zero_ptrs, mask=mask & (rows % 2 == 0), other=0).to(tl.int32)
+        return ((odd >> 4) + (even & 15)).to(tl.float32)
     else:
         return tl.load(zero_ptrs, mask=mask, other=0).to(tl.float32) - _INT8_ZERO
 
@@ -75,20 +96,53 @@ def no_zero(FORMAT: tl.constexpr):
 
 
 @triton.jit
-def dequantized(q, scale, zero, FORMAT: tl.constexpr, GROUPS: tl.constexpr):
-    """A tile of stored weights [N, K or K / 2] with GROUPS scales and zero points in a row, as fp32. [N, K]
+def _by_parts(values, parts, PLANES: tl.constexpr):
+    """values [N, S] and what their parts have [N, parts], in shapes that can be multiplied."""
+    if PLANES > 1 and parts.shape[1] > 1:
+        return by_unit(values, parts)
+    else:
+        SHAPE: tl.constexpr = (values.shape[0], parts.shape[1], values.shape[1] // parts.shape[1])
+        return values.reshape(SHAPE), parts[:, :, None].broadcast_to(SHAPE)
 
-    scale and zero: [N, GROUPS]; zero may be a number, and scale None (then it comes after the product).
+
+@triton.jit
+def plane_values(q, zero, plane: tl.constexpr, PLANES: tl.constexpr, dtype: tl.constexpr, FORMAT: tl.constexpr):
+    """A plane of a tile of stored weights [N, S] less the zero points, exactly, as numbers of `dtype`. [N, S]
+
+    zero: fp32 [N, parts], or None.
     """
-    ROWS: tl.constexpr = q.shape[0]
-    if FORMAT == "int4_w4a16" or FORMAT == "mxfp4_w4a16":
-        COLUMNS: tl.constexpr = 2 * q.shape[1]
-        values = tl.join(nibble_values(q & 15, FORMAT), nibble_values(q >> 4, FORMAT)).reshape(ROWS, COLUMNS)
+    if in_pairs(q.dtype, dtype):
+        ADDS: tl.constexpr = adds(FORMAT, dtype, zero is not None)
+        if ADDS:
+            less = (no_zero(FORMAT) if zero is None else zero) + pair_offset(FORMAT, dtype)
+            offset = tl.zeros((1, 1), dtype) + tl.cast(-less, dtype)
+            q_parts, offset = _by_parts(q, offset, PLANES)
+            code: tl.constexpr = pair_code(FORMAT, dtype, plane, ADDS)
+            return tl.inline_asm_elementwise(code, "=r,r,r", [q_parts, offset], offset.dtype, True, 2).reshape(q.shape)
+        else:
+            return tl.inline_asm_elementwise(
+                pair_code(FORMAT, dtype, plane, ADDS), "=r,r", [q], tl.zeros((1,), dtype).dtype, True, 2
+            )
+    BITS: tl.constexpr = q.dtype.primitive_bitwidth // PLANES
+    if FORMAT == "int8_w8a16":
+        # The highest bit is the sign.
+        values = (((q.to(tl.int32) >> (BITS * plane)) & 255 ^ 128) - 128).to(tl.float32)
     else:
-        COLUMNS: tl.constexpr = q.shape[1]
-        values = q.to(tl.float32)
-    if scale is None:
-        return values
+        values = nibble_values((q.to(tl.int32) >> (BITS * plane)) & 15, FORMAT)
+    if zero is None:
+        return (values - no_zero(FORMAT)).to(dtype)
     else:
-        values = values.reshape(ROWS, GROUPS, COLUMNS // GROUPS)
-        return ((values - zero) * scale[:, :, None]).reshape(ROWS, COLUMNS)
+        values, zero = _by_parts(values, zero, PLANES)
+        return (values - zero).to(dtype).reshape(q.shape)
+
+
+@triton.jit
+def scaled(values, scale, stored: tl.constexpr, PLANES: tl.constexpr, dtype: tl.constexpr):
+    """values from `plane_values` times scales [N, parts] from `scales_of`, rounded once to `dtype`. [N, S]"""
+    SHAPE: tl.constexpr = values.shape
+    values, scale = _by_parts(values, scale, PLANES)
+    if in_pairs(stored, dtype) and scale.dtype == dtype:
+        code: tl.constexpr = pair_product(dtype)
+        return tl.inline_asm_elementwise(code, "=r,r,r", [values, scale], scale.dtype, True, 2).reshape(SHAPE)
+    else:
+        return (values.to(tl.float32) * scale.to(tl.float32)).to(dtype).reshape(SHAPE)

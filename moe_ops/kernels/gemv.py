@@ -18,7 +18,7 @@ import triton.language as tl
 
 from moe_ops.kernels.activation import activate_gated, nonlinearity
 from moe_ops.kernels.compat import gdc_launch_dependents, gdc_wait
-from moe_ops.kernels.dequantize import nibble_values, no_zero, scale_rows, scale_values, zero_rows, zero_values
+from moe_ops.kernels.dequantize import no_zero, plane_values, scale_rows, scale_values, zero_rows, zero_values
 from moe_ops.kernels.layout import multiple, row_ptrs, weight_rows, weight_strides
 from moe_ops.kernels.route import local_experts
 
@@ -35,58 +35,66 @@ def _load_v(v_ptrs, v_mask, k, K, stride_vk, scale_ptr, stride_group, EVEN_K: tl
 
 
 @triton.jit
-def _products(w, v, FORMAT: tl.constexpr):
-    """What is stored in one place, times its column of v or its two, in fp32."""
-    if FORMAT == "int4_w4a16" or FORMAT == "mxfp4_w4a16":
-        even, odd = v.reshape(v.shape[0], v.shape[1] // 2, 2).split()
-        return nibble_values(w & 15, FORMAT) * even + nibble_values(w >> 4, FORMAT) * odd
-    else:
+def _plane(w, plane: tl.constexpr, PLANES: tl.constexpr, FORMAT: tl.constexpr):
+    # bfloat16 has all codes exactly.
+    return plane_values(w, None, plane, PLANES, tl.bfloat16, FORMAT).to(tl.float32)
+
+
+@triton.jit
+def _products(w, v, FORMAT: tl.constexpr, PLANES: tl.constexpr):
+    """What is stored in one place, times its column of v or its PLANES columns, in fp32."""
+    if PLANES == 1:
         return w.to(tl.float32) * v
+    elif PLANES == 2:
+        v0, v1 = v.reshape(v.shape[0], v.shape[1] // 2, 2).split()
+        return _plane(w, 0, 2, FORMAT) * v0 + _plane(w, 1, 2, FORMAT) * v1
+    else:
+        even, odd = v.reshape(v.shape[0], v.shape[1] // 4, 2, 2).split()
+        v0, v2 = even.split()
+        v1, v3 = odd.split()
+        products = _plane(w, 0, 4, FORMAT) * v0 + _plane(w, 1, 4, FORMAT) * v1
+        return products + _plane(w, 2, 4, FORMAT) * v2 + _plane(w, 3, 4, FORMAT) * v3
 
 
 @triton.jit
 def _row_dots(w_ptrs, w_mask, rows, scale_ptrs, zero_ptrs, v_ptrs, v_mask, v_scale_ptr, stride_wk, stride_sk, stride_zk,
               stride_vk, stride_vg, K, ROWS: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr,
               N_MAJOR: tl.constexpr, WAIT: tl.constexpr, FORMAT: tl.constexpr,
-              SCALE_COLUMNS: tl.constexpr):  # fmt: skip
+              SCALE_COLUMNS: tl.constexpr, PLANES: tl.constexpr):  # fmt: skip
     """sum_k w[row, k] * v[row, k] in fp32. [ROWS]; v may be one vector for all rows.
 
     A step's operands are asked for a step ahead. What a thread has loaded at once it adds up at once: a sum per element
     would take the registers that loads on their way need. WAIT: v comes from the launch before this one.
 
-    BLOCK_K counts what is stored: where two weights share a byte, a step has 2 * BLOCK_K columns. What is added up
-    at once has one scale, which it is then multiplied with.
+    BLOCK_K counts what is stored: where weights share an element, a step has PLANES * BLOCK_K columns. What is added
+    up at once has one scale, which it is then multiplied with.
     """
-    PACKED: tl.constexpr = FORMAT == "int4_w4a16" or FORMAT == "mxfp4_w4a16"
-    COLUMNS: tl.constexpr = 2 if PACKED else 1
     # Of k, in 16 bytes; N-major, a thread has rows side by side.
     VECTOR: tl.constexpr = 1 if N_MAJOR else min(128 // w_ptrs.dtype.element_ty.primitive_bitwidth, BLOCK_K)
     PARTS: tl.constexpr = BLOCK_K // VECTOR
-    stored_k = K // COLUMNS
+    stored_k = K // PLANES
     k = tl.arange(0, BLOCK_K)[None, :]
     acc = tl.zeros((ROWS, PARTS), tl.float32)
     w = tl.load(w_ptrs + k.to(tl.int64) * stride_wk, mask=w_mask if EVEN_K else w_mask & (k < stored_k), other=0.0)
     if WAIT:
         gdc_wait()
-    v_k = tl.arange(0, COLUMNS * BLOCK_K)[None, :]
+    v_k = tl.arange(0, PLANES * BLOCK_K)[None, :]
     v = _load_v(v_ptrs, v_mask, v_k, K, stride_vk, v_scale_ptr, stride_vg, EVEN_K)
     for first in range(0, stored_k, BLOCK_K):
         k += BLOCK_K
-        v_k += COLUMNS * BLOCK_K
+        v_k += PLANES * BLOCK_K
         next_w = tl.load(w_ptrs + k.to(tl.int64) * stride_wk, mask=w_mask & (k < stored_k), other=0.0)
         next_v = _load_v(v_ptrs, v_mask, v_k, K, stride_vk, v_scale_ptr, stride_vg, False)
-        part = tl.sum(_products(w, v, FORMAT).reshape(ROWS, PARTS, VECTOR), 2)
+        part = tl.sum(_products(w, v, FORMAT, PLANES).reshape(ROWS, PARTS, VECTOR), 2)
         if SCALE_COLUMNS > 0:
-            group = (first + tl.arange(0, PARTS)[None, :] * VECTOR) * COLUMNS // SCALE_COLUMNS
+            group = (first + tl.arange(0, PARTS)[None, :] * VECTOR) * PLANES // SCALE_COLUMNS
             there = w_mask & (group * SCALE_COLUMNS < K)
             scale = scale_values(
                 tl.load(scale_ptrs[:, None] + group.to(tl.int64) * stride_sk, mask=there, other=0), FORMAT
             )
             if zero_ptrs is not None:
                 zero = zero_values(zero_ptrs[:, None] + group.to(tl.int64) * stride_zk, rows[:, None], there, FORMAT)
-                part -= zero * tl.sum(v.reshape(v.shape[0], PARTS, VECTOR * COLUMNS), 2)
-            elif FORMAT == "int4_w4a16":
-                part -= no_zero(FORMAT) * tl.sum(v.reshape(v.shape[0], PARTS, VECTOR * COLUMNS), 2)
+                part -= (zero - no_zero(FORMAT)) * tl.sum(v.reshape(v.shape[0], PARTS, VECTOR * PLANES), 2)
             part *= scale
         acc += part
         w, v = next_w, next_v
@@ -106,7 +114,7 @@ def gemv_up_kernel(
     ACTIVATION: tl.constexpr, GATED: tl.constexpr, INTERLEAVED: tl.constexpr, HAS_LIMIT: tl.constexpr,
     N_MAJOR: tl.constexpr, H_UNIT: tl.constexpr, X_UNIT: tl.constexpr, W_UNIT: tl.constexpr, EVEN_K: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, FORMAT: tl.constexpr, SCALE_ROWS: tl.constexpr,
-    SCALE_COLUMNS: tl.constexpr, PDL: tl.constexpr,
+    SCALE_COLUMNS: tl.constexpr, PLANES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """act[r] = act(w1[e] @ x[token of r] (* router weight) + b1[e]) for the routes r; none for one that is dropped."""
     if PDL:
@@ -133,7 +141,7 @@ def gemv_up_kernel(
         x_scale_ptr += (route // top_k).to(tl.int64) * stride_xsm
     y = _row_dots(w_ptrs, w_mask[:, None], w_rows, scale_ptrs, zero_ptrs, x_ptrs, tl.full((1, 1), True, tl.int1),
                   x_scale_ptr, stride_wk, stride_sk, stride_zk, stride_xk, stride_xsg, H, COLUMNS, BLOCK_K, EVEN_K,
-                  N_MAJOR, False, FORMAT, SCALE_COLUMNS)  # fmt: skip
+                  N_MAJOR, False, FORMAT, SCALE_COLUMNS, PLANES)  # fmt: skip
     if router_weights_ptr is not None:
         y *= tl.load(router_weights_ptr + route).to(tl.float32)
     if bias_ptr is not None:
@@ -159,7 +167,8 @@ def gemv_down_kernel(
     w_scale_ptr, stride_se, stride_sn, stride_sk, w_zero_ptr, stride_ze, stride_zn, stride_zk,
     N_MAJOR: tl.constexpr, I_UNIT: tl.constexpr, W_UNIT: tl.constexpr, EVEN_K: tl.constexpr,
     SLOTS: tl.constexpr, REDUCE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    FORMAT: tl.constexpr, SCALE_ROWS: tl.constexpr, SCALE_COLUMNS: tl.constexpr, PDL: tl.constexpr,
+    FORMAT: tl.constexpr, SCALE_ROWS: tl.constexpr, SCALE_COLUMNS: tl.constexpr, PLANES: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """out[m] = factor * sum_k weight[m, k] * (w2[e] @ act[r] + b2[e]), or the summands themselves (not REDUCE).
 
@@ -189,7 +198,7 @@ def gemv_down_kernel(
             zero_ptrs = row_ptrs(w_zero_ptr, experts, zero_rows(columns, FORMAT), stride_ze, stride_zn)
         y = _row_dots(w_ptrs[:, None], mask[:, None], columns, scale_ptrs, zero_ptrs, act_ptrs[:, None], kept[:, None],
                       None, stride_wk, stride_sk, stride_zk, 1, 0, I, ROWS, BLOCK_K, EVEN_K, N_MAJOR, PDL, FORMAT,
-                      SCALE_COLUMNS)  # fmt: skip
+                      SCALE_COLUMNS, PLANES)  # fmt: skip
         if bias_ptr is not None:
             y += tl.load(bias_ptr + experts.to(tl.int64) * stride_be + columns, mask=mask, other=0.0).to(tl.float32)
         if router_weights_ptr is not None:

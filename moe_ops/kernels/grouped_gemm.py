@@ -27,8 +27,17 @@ import triton.language as tl
 
 from moe_ops.kernels.activation import activate_gated, nonlinearity
 from moe_ops.kernels.compat import gdc_launch_dependents, gdc_wait
-from moe_ops.kernels.dequantize import dequantized, no_zero, scale_rows, scale_values, zero_rows, zero_values
-from moe_ops.kernels.layout import multiple, row_ptrs, weight_rows, weight_strides
+from moe_ops.kernels.dequantize import plane_values, scale_rows, scaled, scales_of, zero_rows, zero_values
+from moe_ops.kernels.layout import (
+    UNIT,
+    in_planes,
+    multiple,
+    plane_stride,
+    row_ptrs,
+    unit_order,
+    weight_rows,
+    weight_strides,
+)
 
 
 @triton.jit
@@ -59,20 +68,46 @@ def _weight_tile(w_desc, expert, n, k, BLOCK_N: tl.constexpr, BLOCK_K: tl.conste
 
 
 @triton.jit
-def _group_scales(scale_ptrs, stride_sk, zero_ptrs, stride_zk, rows, mask, k, K, BLOCK_K: tl.constexpr,
-                  FORMAT: tl.constexpr, SCALE_COLUMNS: tl.constexpr):  # fmt: skip
-    """Scales and zero points of the groups of columns that a tile at k has: two of [COLUMNS, GROUPS]."""
-    GROUPS: tl.constexpr = max(1, BLOCK_K // SCALE_COLUMNS)
-    group = k // SCALE_COLUMNS + tl.arange(0, GROUPS)[None, :]
-    there = mask[:, None] & (group * SCALE_COLUMNS < K)
-    scale = scale_values(tl.load(scale_ptrs[:, None] + group.to(tl.int64) * stride_sk, mask=there, other=0), FORMAT)
-    if zero_ptrs is None:
-        zero = tl.zeros((1, 1, 1), tl.float32) + no_zero(FORMAT)
+def _rows_tile(a_desc, a_ptrs, a_row, row_mask, stride_ak, plane, k, K, BLOCK_M: tl.constexpr, STEP: tl.constexpr,
+               EVEN_K: tl.constexpr, PLANES: tl.constexpr):  # fmt: skip
+    """Columns k of a plane of the rows. [BLOCK_M, STEP]"""
+    if a_desc is not None:
+        if PLANES == 1:
+            return a_desc.load([a_row, k])
+        else:
+            return a_desc.load([a_row, plane, k]).reshape(BLOCK_M, STEP)
     else:
-        zero = zero_values(zero_ptrs[:, None] + group.to(tl.int64) * stride_zk, rows[:, None], there, FORMAT)[
-            :, :, None
-        ]
-    return scale, zero
+        columns = k + tl.arange(0, STEP)
+        # A plane ends with zeros.
+        end = K if PLANES == 1 else plane_stride(K, PLANES)
+        mask = row_mask[:, None]
+        if not EVEN_K:
+            mask = row_mask[:, None] & (columns < end)[None, :]
+        return tl.load(a_ptrs + (plane * end + columns).to(tl.int64)[None, :] * stride_ak, mask=mask, other=0.0)
+
+
+@triton.jit
+def _group_ptrs(ptrs, stride_k, mask, k, K, PARTS: tl.constexpr, PART: tl.constexpr, SCALE_COLUMNS: tl.constexpr,
+                EVEN_K: tl.constexpr):  # fmt: skip
+    """Where scales or zero points of PARTS of PART columns each from k on are, and which there are. [COLUMNS, PARTS]"""
+    part = tl.arange(0, PARTS)[None, :]
+    if PART == SCALE_COLUMNS:
+        # In a form from which the compiler sees that they are side by side, and how they are aligned.
+        group = k // (PARTS * PART) * PARTS + part
+    else:
+        group = k // SCALE_COLUMNS + part * PART // SCALE_COLUMNS
+    there = mask[:, None]
+    if not EVEN_K:
+        there = there & (k + part * PART < K)
+    return ptrs[:, None] + group.to(tl.int64) * stride_k, there
+
+
+@triton.jit
+def _group_scales(ptrs, stride_k, mask, k, K, PARTS: tl.constexpr, PART: tl.constexpr, SCALE_COLUMNS: tl.constexpr,
+                  EVEN_K: tl.constexpr):  # fmt: skip
+    """Scales as they are stored, as `_group_ptrs` has them. [COLUMNS, PARTS]"""
+    ptrs, mask = _group_ptrs(ptrs, stride_k, mask, k, K, PARTS, PART, SCALE_COLUMNS, EVEN_K)
+    return tl.load(ptrs, mask=mask, other=0)
 
 
 @triton.jit
@@ -80,74 +115,97 @@ def _accumulate(a_desc, a_ptrs, a_row, row_mask, stride_ak, w_desc, w_ptr, exper
                 stride_we, stride_wn, stride_wk, a_scale_ptrs, stride_ag, w_scales, BLOCK_M: tl.constexpr,
                 BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, HALVES: tl.constexpr, N_MAJOR: tl.constexpr,
                 COLUMNS: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr, SWAP_AB: tl.constexpr,
-                FORMAT: tl.constexpr, SCALE_ROWS: tl.constexpr, SCALE_COLUMNS: tl.constexpr):  # fmt: skip
+                FORMAT: tl.constexpr, SCALE_ROWS: tl.constexpr, SCALE_COLUMNS: tl.constexpr,
+                PLANES: tl.constexpr, dtype: tl.constexpr):  # fmt: skip
     """The mainloop: rows @ weights^T over the whole of K, in fp32, with all scales. [BLOCK_M, COLUMNS]
 
     Quantised rows and weights are multiplied as they are stored; scales that change along K make a product of each step
-    and add it up in fp32, the others come at the end. Quantised weights alone are made numbers of the rows' dtype.
+    and add it up in fp32, the others come at the end. Quantised weights alone are made numbers of the rows' dtype; a
+    step in one group of columns scales its product, a longer one the weights.
     """
     ROWS_TOO: tl.constexpr = FORMAT == "fp8_w8a8" or FORMAT == "int8_w8a8"
-    PACKED: tl.constexpr = FORMAT == "int4_w4a16" or FORMAT == "mxfp4_w4a16"
-    BYTES_K: tl.constexpr = BLOCK_K // 2 if PACKED else BLOCK_K
-    STEP_BY_STEP: tl.constexpr = ROWS_TOO and SCALE_COLUMNS > 0
+    WEIGHTS_ONLY: tl.constexpr = FORMAT != "none" and not ROWS_TOO
+    # Of what is stored, which has a column of each plane.
+    STEP: tl.constexpr = BLOCK_K // PLANES
+    STEP_BY_STEP: tl.constexpr = SCALE_COLUMNS > 0 and (ROWS_TOO or BLOCK_K <= SCALE_COLUMNS)
+    # A step's sum by itself: Hopper adds fp8 products with fewer bits than fp32, and where the weights are made between
+    # the products, ptxas would make each wgmma wait for the one before if the loop carried their accumulator.
+    APART: tl.constexpr = STEP_BY_STEP or FORMAT == "fp8_w8a8" or (WEIGHTS_ONLY and SCALE_COLUMNS > 0)
     IN_INTEGERS: tl.constexpr = FORMAT == "int8_w8a8" and not STEP_BY_STEP
-    k_offsets = tl.arange(0, BLOCK_K)
-    stored_offsets = tl.arange(0, BYTES_K)
-    stored_k = K // 2 if PACKED else K
+    # Parts of a step that have one scale: all of it, units of rows in planes, or groups.
+    PARTS: tl.constexpr = (
+        1 if SCALE_COLUMNS == 0 or STEP_BY_STEP else STEP // UNIT if PLANES > 1 else BLOCK_K // SCALE_COLUMNS
+    )
+    PART: tl.constexpr = BLOCK_K // PARTS
+    step_offsets = tl.arange(0, STEP)
     w_rows, w_mask = weight_rows(n, N, BLOCK_N, HALVES, COLUMNS)
     if w_desc is None:
         w_ptrs = w_ptr + expert.to(tl.int64) * stride_we + w_rows.to(tl.int64)[None, :] * stride_wn
     if FORMAT != "none":
         scale_ptr, stride_se, stride_sn, stride_sk, zero_ptr, stride_ze, stride_zn, stride_zk = w_scales
         scale_ptrs = row_ptrs(scale_ptr, expert, scale_rows(w_rows, SCALE_ROWS), stride_se, stride_sn)
-        zero_ptrs = zero_ptr
+        if WEIGHTS_ONLY and STEP_BY_STEP:
+            # A step ahead: nothing else would cover the way to memory of loads this small.
+            next_scale = _group_scales(scale_ptrs, stride_sk, w_mask, 0, K, 1, BLOCK_K, SCALE_COLUMNS, True)
         if zero_ptr is not None:
             zero_ptrs = row_ptrs(zero_ptr, expert, zero_rows(w_rows, FORMAT), stride_ze, stride_zn)
     acc = tl.zeros((COLUMNS, BLOCK_M) if SWAP_AB else (BLOCK_M, COLUMNS), tl.int32 if IN_INTEGERS else tl.float32)
     for k in range(0, K, BLOCK_K):
-        stored = k // 2 if PACKED else k
-        if a_desc is not None:
-            a = a_desc.load([a_row, k])
-        elif EVEN_K:
-            a = tl.load(a_ptrs + (k + k_offsets).to(tl.int64)[None, :] * stride_ak, mask=row_mask[:, None], other=0.0)
-        else:
-            a = tl.load(a_ptrs + (k + k_offsets).to(tl.int64)[None, :] * stride_ak,
-                        mask=row_mask[:, None] & (k + k_offsets < K)[None, :], other=0.0)  # fmt: skip
+        stored = k // PLANES
         if w_desc is not None:
-            w = _weight_tile(w_desc, expert, n, stored, BLOCK_N, BYTES_K, HALVES, N_MAJOR, COLUMNS)
+            w = _weight_tile(w_desc, expert, n, stored, BLOCK_N, STEP, HALVES, N_MAJOR, COLUMNS)
         elif EVEN_K:
-            w = tl.load(w_ptrs + (stored + stored_offsets).to(tl.int64)[:, None] * stride_wk, mask=w_mask[None, :],
+            w = tl.load(w_ptrs + (stored + step_offsets).to(tl.int64)[:, None] * stride_wk, mask=w_mask[None, :],
                         other=0.0)  # fmt: skip
         else:
-            w = tl.load(w_ptrs + (stored + stored_offsets).to(tl.int64)[:, None] * stride_wk,
-                        mask=(stored + stored_offsets < stored_k)[:, None] & w_mask[None, :], other=0.0)  # fmt: skip
-        if FORMAT != "none" and not ROWS_TOO:
-            if SCALE_COLUMNS > 0:
-                scale, zero = _group_scales(
-                    scale_ptrs, stride_sk, zero_ptrs, stride_zk, w_rows, w_mask, k, K, BLOCK_K, FORMAT, SCALE_COLUMNS
+            w = tl.load(w_ptrs + (stored + step_offsets).to(tl.int64)[:, None] * stride_wk,
+                        mask=(stored + step_offsets < K // PLANES)[:, None] & w_mask[None, :], other=0.0)  # fmt: skip
+        zero = None
+        if WEIGHTS_ONLY:
+            w = w.T
+            if PLANES > 1:
+                w = unit_order(w)
+            if STEP_BY_STEP:
+                scale = scales_of(next_scale, tl.float32, FORMAT)
+                next_scale = _group_scales(
+                    scale_ptrs, stride_sk, w_mask, k + BLOCK_K, K, 1, BLOCK_K, SCALE_COLUMNS, False
                 )
-                w = dequantized(w.T, scale, zero, FORMAT, max(1, BLOCK_K // SCALE_COLUMNS)).to(a.dtype).T
+            elif SCALE_COLUMNS > 0:
+                # Not a step ahead: what the loop carries keeps Triton from making the weights in registers.
+                scale = _group_scales(scale_ptrs, stride_sk, w_mask, k, K, PARTS, PART, SCALE_COLUMNS, EVEN_K)
+                scale = scales_of(scale, dtype, FORMAT)
+            if zero_ptr is not None:
+                ptrs, there = _group_ptrs(zero_ptrs, stride_zk, w_mask, k, K, PARTS, PART, SCALE_COLUMNS, EVEN_K)
+                zero = zero_values(ptrs, w_rows[:, None], there, FORMAT)
+        total = tl.zeros(acc.shape, tl.int32 if FORMAT == "int8_w8a8" else tl.float32) if APART else acc
+        for plane in tl.static_range(PLANES):
+            a = _rows_tile(a_desc, a_ptrs, a_row, row_mask, stride_ak, plane, stored, K, BLOCK_M, STEP, EVEN_K, PLANES)
+            b = w
+            if WEIGHTS_ONLY:
+                b = plane_values(w, zero, plane, PLANES, dtype, FORMAT)
+                if SCALE_COLUMNS > 0 and not STEP_BY_STEP:
+                    b = scaled(b, scale, w.dtype, PLANES, dtype)
+                b = b.T
+            if SWAP_AB:
+                total = tl.dot(b.T, a.T, total, input_precision=PRECISION, out_dtype=total.dtype)
             else:
-                w = dequantized(w.T, None, None, FORMAT, 1).to(a.dtype).T
+                total = tl.dot(a, b, total, input_precision=PRECISION, out_dtype=total.dtype)
         if STEP_BY_STEP:
-            a_scale = tl.load(a_scale_ptrs + tl.cast(k // 128, tl.int64) * stride_ag, mask=row_mask, other=0.0)
-            w_scale = tl.load(
-                scale_ptrs + tl.cast(k // SCALE_COLUMNS, tl.int64) * stride_sk, mask=w_mask, other=0.0
-            ).to(tl.float32)
-            if SWAP_AB:
-                acc += tl.dot(w.T, a.T).to(tl.float32) * (w_scale[:, None] * a_scale[None, :])
+            if WEIGHTS_ONLY:
+                acc += total * (scale if SWAP_AB else scale.T)
             else:
-                acc += tl.dot(a, w).to(tl.float32) * (a_scale[:, None] * w_scale[None, :])
-        elif FORMAT == "fp8_w8a8":
-            # Hopper adds fp8 products with fewer bits than fp32: not more of them than a step has.
-            if SWAP_AB:
-                acc += tl.dot(w.T, a.T)
-            else:
-                acc += tl.dot(a, w)
-        elif SWAP_AB:
-            acc = tl.dot(w.T, a.T, acc, input_precision=PRECISION, out_dtype=acc.dtype)
+                a_scale = tl.load(a_scale_ptrs + tl.cast(k // 128, tl.int64) * stride_ag, mask=row_mask, other=0.0)
+                w_scale = tl.load(
+                    scale_ptrs + tl.cast(k // SCALE_COLUMNS, tl.int64) * stride_sk, mask=w_mask, other=0.0
+                ).to(tl.float32)
+                if SWAP_AB:
+                    acc += total.to(tl.float32) * (w_scale[:, None] * a_scale[None, :])
+                else:
+                    acc += total.to(tl.float32) * (a_scale[:, None] * w_scale[None, :])
+        elif APART:
+            acc += total
         else:
-            acc = tl.dot(a, w, acc, input_precision=PRECISION, out_dtype=acc.dtype)
+            acc = total
     if SWAP_AB:
         acc = acc.T
     if FORMAT != "none" and SCALE_COLUMNS == 0:
@@ -169,7 +227,7 @@ def up_kernel(
     N_MAJOR: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
     SWAP_AB: tl.constexpr, FORMAT: tl.constexpr, SCALE_ROWS: tl.constexpr, SCALE_COLUMNS: tl.constexpr,
-    PDL: tl.constexpr,
+    S_UNIT: tl.constexpr, PLANES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """act[p] = act(x[token of p] @ w1[e]^T (* router weight) + b1[e]) for the sorted rows p.
 
@@ -179,6 +237,7 @@ def up_kernel(
     HALVES: tl.constexpr = GATED and not INTERLEAVED
     COLUMNS: tl.constexpr = 2 * BLOCK_N if GATED else BLOCK_N
     H, I, stride_xm = multiple(H, H_UNIT), multiple(I, I_UNIT), multiple(stride_xm, X_UNIT)
+    stride_se, stride_sn = multiple(stride_se, S_UNIT), multiple(stride_sn, S_UNIT)
     stride_we, stride_wn, stride_wk = weight_strides(stride_we, stride_wn, stride_wk, N_MAJOR, W_UNIT)
     if PDL:
         gdc_wait()
@@ -202,7 +261,7 @@ def up_kernel(
                       stride_we, stride_wn, stride_wk, x_scale_ptrs, stride_xsg,
                       (w_scale_ptr, stride_se, stride_sn, stride_sk, w_zero_ptr, stride_ze, stride_zn, stride_zk),
                       BLOCK_M, BLOCK_N, BLOCK_K, HALVES, N_MAJOR, COLUMNS, EVEN_K, PRECISION, SWAP_AB,
-                      FORMAT, SCALE_ROWS, SCALE_COLUMNS)  # fmt: skip
+                      FORMAT, SCALE_ROWS, SCALE_COLUMNS, PLANES, act_ptr.dtype.element_ty)  # fmt: skip
     if PDL:
         gdc_launch_dependents()
 
@@ -221,8 +280,16 @@ def up_kernel(
     else:
         y = nonlinearity(acc, ACTIVATION, alpha)
     columns = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    tl.store(act_ptr + rows.to(tl.int64)[:, None] * stride_am + columns[None, :], y.to(act_ptr.dtype.element_ty),
+    places = in_planes(columns, I, PLANES)
+    act_ptrs = act_ptr + rows.to(tl.int64)[:, None] * stride_am
+    tl.store(act_ptrs + places[None, :], y.to(act_ptr.dtype.element_ty),
              mask=row_mask[:, None] & (columns < I)[None, :])  # fmt: skip
+    if PLANES > 1:
+        if pid_n == num_n - 1:
+            # The zeros a plane ends with.
+            behind = I + tl.arange(0, UNIT * 4 * PLANES)
+            tl.store(act_ptrs + in_planes(behind, I, PLANES)[None, :], tl.zeros((1, 1), act_ptr.dtype.element_ty),
+                     mask=row_mask[:, None] & (behind < plane_stride(I, PLANES) * PLANES)[None, :])  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["num_routes"])
@@ -236,10 +303,11 @@ def down_kernel(
     N_MAJOR: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
     SWAP_AB: tl.constexpr, FORMAT: tl.constexpr, SCALE_ROWS: tl.constexpr, SCALE_COLUMNS: tl.constexpr,
-    PDL: tl.constexpr,
+    S_UNIT: tl.constexpr, PLANES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """rows[p] = act[p] @ w2[e]^T + b2[e] for the sorted rows p. Padding rows are computed with, and never stored."""
     H, I = multiple(H, H_UNIT), multiple(I, I_UNIT)
+    stride_se, stride_sn = multiple(stride_se, S_UNIT), multiple(stride_sn, S_UNIT)
     stride_we, stride_wn, stride_wk = weight_strides(stride_we, stride_wn, stride_wk, N_MAJOR, W_UNIT)
     if PDL:
         gdc_wait()
@@ -260,7 +328,7 @@ def down_kernel(
                       stride_we, stride_wn, stride_wk, act_scale_ptrs, stride_asg,
                       (w_scale_ptr, stride_se, stride_sn, stride_sk, w_zero_ptr, stride_ze, stride_zn, stride_zk),
                       BLOCK_M, BLOCK_N, BLOCK_K, False, N_MAJOR, BLOCK_N, EVEN_K, PRECISION, SWAP_AB,
-                      FORMAT, SCALE_ROWS, SCALE_COLUMNS)  # fmt: skip
+                      FORMAT, SCALE_ROWS, SCALE_COLUMNS, PLANES, act_ptr.dtype.element_ty)  # fmt: skip
     if PDL:
         gdc_launch_dependents()
     columns = n + tl.arange(0, BLOCK_N)

@@ -81,6 +81,16 @@ class Scheme:
         """Whether the hidden states have to be quantised."""
         return self.inputs != "" and not self.inputs_given
 
+    @property
+    def weights_only(self) -> bool:
+        """Whether the weights are quantised and the rows are not."""
+        return self.quantized and self.row_dtype is None
+
+    @property
+    def planes(self) -> int:
+        """Weights in one element of what is stored."""
+        return 2 if self.packed else 1
+
     def columns(self, stored: int) -> int:
         """Columns of a weight that stores so many."""
         return 2 * stored if self.packed else stored

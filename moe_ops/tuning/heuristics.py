@@ -15,6 +15,8 @@ _SHARED_MEMORY_RESERVE = 2048
 # Below this (sm_120 has 99 KiB) the large TMA tiles would be left with two stages, and spill.
 _LARGE_SHARED_MEMORY = 160 * 1024
 
+# Programs a multiprocessor that make numbers of weights, each of four warps; and of mxfp4's down GEMM.
+_PROGRAMS, _PROGRAMS_LONG = 4, 1.5
 # I up to which the down GEMM's reduction is short.
 _SHORT_REDUCTION = 1024
 # Rows of an expert that are so few row blocks that a group of them has several experts in any case.
@@ -51,6 +53,8 @@ def tile_configs(
     itemsize = problem.dtype.itemsize if problem.scheme.row_dtype is None else problem.scheme.row_dtype.itemsize
     if itemsize == 4:
         up, down = _fp32(rows_per_expert)
+    elif problem.scheme.weights_only and device.capability is not None and device.capability[0] == 9:
+        up, down = _weights_only(rows_per_expert, problem, device)
     elif path == "tma" and device.shared_memory >= _LARGE_SHARED_MEMORY:
         up, down = _tma(rows_per_expert, problem)
     else:
@@ -61,7 +65,7 @@ def tile_configs(
         # One step, one scale: a group of 128 columns. Fewer bytes a step would leave the memory idle. Beside a large
         # accumulator converted weights would spill, and a product that is added up by itself all the more.
         step_by_step = problem.scheme.name == "fp8_w8a8" or (problem.scheme.row_dtype and problem.scheme.scale_columns)
-        most = 4096 if step_by_step else 8192
+        most = 4096 if step_by_step else 16384 if problem.scheme.weights_only and up.swap_ab else 8192
         up, down = (replace(t, block_k=128, block_n=min(t.block_n, most // t.block_m)) for t in (up, down))
         if up.swap_ab and rows_per_expert <= 8 and problem.scheme.row_dtype is not None:
             up, down = _few_quantized_rows(rows_per_expert, problem, up, down)
@@ -143,6 +147,28 @@ def _few_quantized_rows(
     if problem.intermediate_size > _SHORT_REDUCTION:
         down = replace(down, block_n=128)
     return up, down
+
+
+def _weights_only(rows: float, problem: Problem, device: Device) -> tuple[TileConfig, TileConfig]:
+    """Swapped operands whatever the rows: wgmma takes the weights, made in registers, from there.
+
+    A program has 64 rows of weights, or with few rows 128 where that leaves enough programs to make numbers of them
+    side by side. mxfp4 has no use for 128 where its scales cannot be copied a step ahead, which takes whole steps.
+    With groups a step's sums stand beside the others: more than 64 rows would spill.
+    """
+    if rows > 96 and not problem.scheme.scale_columns:
+        return TileConfig(128, 64, 128, 8, 8, 3, True), TileConfig(128, 128, 128, 8, 8, 3, True)
+    experts = min(problem.num_routes, problem.num_experts)
+    mx = problem.scheme.name == "mxfp4_w4a16"
+
+    def columns(count: int, reduction: int, programs: float) -> int:
+        few = count // 128 * experts < programs * device.num_sms or (mx and reduction % 128) or rows > 8
+        return 64 if few else 128
+
+    block_m = 16 if rows <= 8 else 32 if rows <= 16 else 64
+    up = columns(problem.w1_rows, problem.hidden_size, _PROGRAMS) // 2 if mx else 32
+    down = columns(problem.hidden_size, problem.intermediate_size, _PROGRAMS_LONG if mx else _PROGRAMS)
+    return TileConfig(block_m, up, 128, 4, 4, 3, True), TileConfig(block_m, down, 128, 4, 4, 3, True)
 
 
 def _classic(rows: float) -> tuple[TileConfig, TileConfig]:

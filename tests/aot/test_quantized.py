@@ -1,5 +1,7 @@
 """Ahead of time, without a GPU: the general kernels compile for every format and architecture, to what is meant."""
 
+import re
+
 import pytest
 import torch
 
@@ -28,6 +30,27 @@ def test_hopper(name, num_tokens):
         else:
             assert kernels[gemm].count("wgmma.mma_async") > 0 == kernels[gemm].count("mma.sync"), gemm
             assert kernels[gemm].count("cp.async.bulk.tensor") > 0, gemm
+
+
+@pytest.mark.parametrize("num_tokens", [16, 1024])
+@pytest.mark.parametrize("name", ["int8_weights", "int4", "int4_zero_points", "mxfp4"])
+def test_weights_are_made_where_they_are_multiplied(name, num_tokens):
+    """In pairs, in registers, which wgmma takes: no weight goes through shared memory again."""
+    args = quantized_case(
+        name, torch.bfloat16, num_tokens=num_tokens, hidden=1024, intermediate=1024, experts=8, top_k=2
+    )
+    with override(variant="sorted"):
+        kernels = compile_call(args, 90)
+    for gemm in ("up_kernel", "down_kernel"):
+        kernel = kernels[gemm]
+        products = re.findall(r"wgmma\.mma_async\S+\s+\{[^}]*\},\s*(\S)", kernel.ptx)
+        assert products, gemm
+        assert set(products) == {"{"}, gemm
+        # A pair takes one fma or two, and e2m1 a second one for its scale.
+        assert kernel.count("fma.rn.bf16x2") >= 2 * len(products), gemm
+        if name != "int8_weights":  # its sums over all of K are the accumulator
+            assert not kernel.serialized, gemm
+        assert kernel.spills == 0, gemm
 
 
 @pytest.mark.parametrize("name", DISTINCT)

@@ -249,7 +249,10 @@ CHECKS = {
     },
     **{f"classic {name}": partial(quantized, name, "classic", "sorted") for name in QUANTIZED_FORMATS},
     **{f"tma {name}": partial(quantized, name, "tma", "sorted") for name in ("fp8_block", "int4_zero_points")},
-    **{f"direct {name}": partial(quantized, name, "classic", "direct") for name in ("fp8_block_given", "int4")},
+    **{
+        f"direct {name}": partial(quantized, name, "classic", "direct")
+        for name in ("fp8_block_given", "int4", "int4_zero_points")
+    },
     **{f"scales that are nan, {variant}": partial(scales_that_are_nan, variant) for variant in ("sorted", "direct")},
     **{f"rows of {name}": partial(rows_as_defined, name) for name in ("fp8_channel", "fp8_block", "int8_channel")},
 }

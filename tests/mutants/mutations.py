@@ -38,11 +38,11 @@ class Mutation:
 # fmt: off
 MUTATIONS = [
     Mutation(
-        "rows_past_k", "grouped_gemm", "mask=row_mask[:, None] & (k + k_offsets < K)[None, :], other",
-        "mask=row_mask[:, None], other", "tail of K unmasked in the rows", "classic plain",
+        "rows_past_k", "grouped_gemm", "mask = row_mask[:, None] & (columns < end)[None, :]",
+        "mask = row_mask[:, None]", "tail of K unmasked in the rows", "classic plain",
     ),
     Mutation(
-        "weights_past_k", "grouped_gemm", "mask=(stored + stored_offsets < stored_k)[:, None] & w_mask[None, :]",
+        "weights_past_k", "grouped_gemm", "mask=(stored + step_offsets < K // PLANES)[:, None] & w_mask[None, :]",
         "mask=w_mask[None, :]", "tail of K unmasked in the weights", "classic plain",
     ),
     Mutation(
@@ -183,8 +183,8 @@ MUTATIONS = [
     ),
     Mutation("relu_not_squared", "activation", "y = y * y", "y = y", "relu2's square", "classic relu2_no_gate"),
     Mutation(
-        "nibbles_swapped", "dequantize", "tl.join(nibble_values(q & 15, FORMAT), nibble_values(q >> 4, FORMAT))",
-        "tl.join(nibble_values(q >> 4, FORMAT), nibble_values(q & 15, FORMAT))", "the odd column in the low nibble",
+        "nibbles_swapped", "dequantize", "nibble_values((q.to(tl.int32) >> (BITS * plane))",
+        "nibble_values((q.to(tl.int32) >> (BITS * (plane ^ 1)))", "the odd column in the low nibble",
         "classic int4",
     ),
     Mutation(
@@ -207,7 +207,7 @@ MUTATIONS = [
         "zero points of twice the row", "classic int4_zero_points",
     ),
     Mutation(
-        "zero_nibble_of_the_neighbour", "dequantize", "(4 * (rows & 1))", "(4 * (1 - (rows & 1)))",
+        "zero_nibble_of_the_neighbour", "dequantize", "((odd >> 4) + (even & 15))", "((even >> 4) + (odd & 15))",
         "zero points of the other row of a pair", "classic int4_zero_points",
     ),
     Mutation(
@@ -229,11 +229,11 @@ MUTATIONS = [
         "classic int4_zero_points",
     ),
     Mutation(
-        "groups_of_the_first_step", "grouped_gemm", "group = k // SCALE_COLUMNS + tl.arange", "group = tl.arange",
+        "groups_of_the_first_step", "grouped_gemm", "group = k // (PARTS * PART) * PARTS + part", "group = part",
         "every step by the scales of the first", "classic int4",
     ),
     Mutation(
-        "groups_past_k", "grouped_gemm", "mask[:, None] & (group * SCALE_COLUMNS < K)", "mask[:, None]",
+        "groups_past_k", "grouped_gemm", "there = there & (k + part * PART < K)", "there = there",
         "scales of groups past the last are read", "classic mxfp4",
     ),
     Mutation(
@@ -253,8 +253,21 @@ MUTATIONS = [
         "hidden states by the scale of another token", "classic int8_channel",
     ),
     Mutation(
-        "packed_step_twice_as_long", "grouped_gemm", "stored = k // 2 if PACKED else k", "stored = k",
+        "packed_step_twice_as_long", "grouped_gemm", "stored = k // PLANES", "stored = k",
         "a step of packed weights skips as many", "classic int4",
+    ),
+    Mutation(
+        "plane_ends_with_garbage", "grouped_gemm", "if pid_n == num_n - 1:", "if pid_n == num_n:",
+        "what is behind the last column of act in planes is not zero", "classic int4",
+    ),
+    Mutation(
+        "units_not_in_order", "layout", "4, UNIT // 2, 2).permute(0, 1, 3, 2, 4)", "4, UNIT // 2, 2)",
+        "weights in the order they are stored, rows in that of planes", "classic int4",
+    ),
+    Mutation(
+        "scale_of_the_neighbour", "layout", "units.reshape(N, BLOCKS, 4)[:, :, None, :, None]",
+        "units.reshape(N, BLOCKS, 4)[:, :, :, None, None]", "every pair of a unit by the scale of another unit",
+        "classic mxfp4",
     ),
     Mutation(
         "nan_row_scaled", "quantize", "tl.where(tl.max((y != y).to(tl.int32), 1) > 0, float(\"nan\"), scale)", "scale",
@@ -288,12 +301,12 @@ MUTATIONS = [
         "the activation of every expert by the scale of expert 0", "classic fp8_static_expert",
     ),
     Mutation(
-        "gemv_group_of_stored_columns", "gemv", "* VECTOR) * COLUMNS // SCALE_COLUMNS", "* VECTOR) // SCALE_COLUMNS",
+        "gemv_group_of_stored_columns", "gemv", "* VECTOR) * PLANES // SCALE_COLUMNS", "* VECTOR) // SCALE_COLUMNS",
         "groups counted in bytes, with two columns each", "direct int4",
     ),
     Mutation(
-        "gemv_zero_forgotten", "gemv", "part -= no_zero(FORMAT) * tl.sum", "part -= 0 * tl.sum",
-        "weights without zero points stand around 0", "direct int4",
+        "gemv_zero_twice", "gemv", "(zero - no_zero(FORMAT)) * tl.sum", "zero * tl.sum",
+        "weights with zero points stand around the middle too", "direct int4_zero_points",
     ),
     Mutation(
         "gemv_input_scale_of_group_0", "gemv", "k // 128", "0 * k", "hidden states by the scales of their first group",
