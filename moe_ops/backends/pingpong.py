@@ -84,16 +84,11 @@ def _launch(rows: ScaledRows, gather: bool, weight: Tensor, weight_scale: Tensor
     else:
         stride_we = 0 if weight_scale is None else weight_scale.stride(0)
     bias, stride_be = bias_and_stride(bias)
-    rows_half, weights_half = None, None
-    if half_step(constexprs["K"], config.block_k, weight):
-        rows_half = None if gather else descriptor(values, [config.block_m, config.block_k // 2])
-        weights_half = weight_descriptor(weight, box, config.block_k // 2)
     Launcher(plan.kernels)(
         (name, out.dtype), pingpong_kernel,
         min(plan.num_sms, routing.tile_experts.numel() * triton.cdiv(out.shape[1], config.block_n)),
         (values if gather else None, None if gather else descriptor(values, [config.block_m, config.block_k]),
-         weight_descriptor(weight, box, config.block_k), rows_half, weights_half,
-         rows.scale, None if per_channel else weight_scale,
+         weight_descriptor(weight, box, config.block_k), rows.scale, None if per_channel else weight_scale,
          weight_scale if per_channel else None, out_scale, bias, router_weights,
          descriptor(out, [config.block_m, BOX]),
          routing.sorted_routes, routing.tile_experts, routing.num_padded, progress,
@@ -109,11 +104,6 @@ def _launch(rows: ScaledRows, gather: bool, weight: Tensor, weight_scale: Tensor
             "GROUP_M": config.group_m, "STAGES": config.num_stages, "num_warps": config.num_warps,
         },
     )  # fmt: skip
-
-
-def half_step(k: int, block_k: int, weight: Tensor) -> bool:
-    """Whether the last K step is loaded as half a one, by boxes of its size: they would else be filled with zeros."""
-    return k > block_k and k % block_k == block_k // 2 and weight.stride(2) == 1
 
 
 def copyable(x: Tensor) -> Tensor:

@@ -42,26 +42,6 @@ def affine(x, channels, column, N: gl.constexpr):
 
 
 @gluon.jit
-def scales_of_rows(row_scales, block_m, BLOCK_M: gl.constexpr, TOP_K: gl.constexpr, LAYOUT: gl.constexpr):
-    """The scale of each row of a tile, times the one of the expert's weights where they have but one."""
-    (scale_ptr, stride_sm, stride_se, weight_scale_ptr, stride_we, sorted_routes_ptr, tile_experts_ptr,
-     num_routes) = row_scales  # fmt: skip
-    expert = gl.load(tile_experts_ptr + block_m).to(gl.int64)
-    rows = block_m * BLOCK_M + gl.arange(0, BLOCK_M, gl.SliceLayout(1, LAYOUT))
-    scale_ptr += expert * stride_se
-    if TOP_K:
-        routes = gl.load(sorted_routes_ptr + rows)
-        tokens = (routes // TOP_K).to(gl.int64)
-        scales = gl.load(scale_ptr + tokens * stride_sm, mask=routes < num_routes, other=0.0)
-    else:
-        scales = gl.load(scale_ptr + rows.to(gl.int64) * stride_sm)
-    if weight_scale_ptr is not None:
-        weight_scale_ptr += expert * stride_we
-        scales *= gl.load(weight_scale_ptr).to(gl.float32)
-    return scales
-
-
-@gluon.jit
 def quantize(y, scale):
     """clamp(y / scale, -448, 448) in fp32; as in torch.clamp a NaN stays a NaN.
 

@@ -27,10 +27,9 @@ A wait for phase -1 returns at once: so the first fill of a stage and the first 
 the waits for `full` in the order of the indices. Without them a consumer would wait for a pass that is two ahead, take
 the completed phase before it for the one it wants, and read a stage that is not its own.
 
-Tails. K: where half a step is left, boxes of that size load it, and it is multiplied as such (HALF_STEP), since TMA
-takes long to fill a box with zeros. Else TMA does fill past the last column of weights and act, as the gather does past
-the last one of x; it takes both sides, since 0 * NaN is NaN. N: accumulator columns past the last one come from zeros
-(gate columns: from rows of the up half), and the TMA store clips them. Rows: padding rows are zeros, and are stored.
+Tails. K: TMA fills with zeros past the last column of weights and act, the gather past the last column of x; it takes
+both sides, since 0 * NaN is NaN. N: accumulator columns past the last one come from zeros (gate columns: from rows of
+the up half), and the TMA store clips them. Rows: padding rows come from zeros and are stored like others.
 
 Operands are of 16 bits, or quantised to fp8: then the epilogue multiplies by the scales of the rows and of the weights,
 which the sums over K have in common. The tensor cores keep fewer than 24 bits of an fp8 sum; the error of that, 0.2 to
@@ -50,8 +49,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from moe_ops.kernels.activation import activate_gated, nonlinearity
-from moe_ops.kernels.compat import block_barrier, cp_async, reinterpret, tma_load
-from moe_ops.kernels.epilogue import affine, halves, quantize, scales_of_rows, store_box
+from moe_ops.kernels.compat import block_barrier, cp_async, tma_load
+from moe_ops.kernels.epilogue import affine, halves, quantize, store_box
 from moe_ops.kernels.persistent import PATIENCE, STRETCH, first_column, keep_step, tile
 
 # More warps than 12 would cap a thread at 128 registers when the program starts, too few for wgmma of 256 columns.
@@ -72,46 +71,18 @@ def _load_box(weights_desc, bar, box, expert, n, k, N_MAJOR: gl.constexpr):
 
 
 @gluon.jit
-def _load_step(rows_desc, weights_desc, bar, rows, weights, expert, row, column, k, N: gl.constexpr,
-               BLOCK_N: gl.constexpr, HALVES: gl.constexpr, N_MAJOR: gl.constexpr):  # fmt: skip
-    """Announces and loads the weights of a K step, and its rows where they have a descriptor."""
-    COLUMN_DIM: gl.constexpr = 2 if N_MAJOR else 1
-    COLUMNS: gl.constexpr = weights.shape[COLUMN_DIM]
-    LOADED_ROWS: gl.constexpr = 0 if rows_desc is None else rows.shape[0]
-    ROW_BYTES: gl.constexpr = rows.shape[1] * (weights_desc.dtype.primitive_bitwidth // 8)
-    mbarrier.expect(bar, (LOADED_ROWS + COLUMNS) * ROW_BYTES)
-    if rows_desc is not None:
-        tma_load(rows_desc, [row, k], bar, rows)
-    if HALVES:
-        HALF: gl.constexpr = COLUMNS // 2
-        _load_box(weights_desc, bar, weights.slice(0, HALF, dim=COLUMN_DIM), expert, column, k, N_MAJOR)
-        _load_box(weights_desc, bar, weights.slice(HALF, HALF, dim=COLUMN_DIM), expert, N + column, k, N_MAJOR)
-    else:
-        _load_box(weights_desc, bar, weights, expert, column * (COLUMNS // BLOCK_N), k, N_MAJOR)
-
-
-@gluon.jit
-def _half_step(rows, weights):
-    """A stage with half a K step in it: its rows and weights are half as long, and laid out for that."""
-    HALF: gl.constexpr = rows.shape[1] // 2
-    BITS: gl.constexpr = rows.dtype.primitive_bitwidth
-    return (
-        reinterpret(rows, rows.dtype, [rows.shape[0], HALF], gl.NVMMASharedLayout(64, BITS, 2)),
-        reinterpret(weights, weights.dtype, [1, weights.shape[1], HALF], gl.NVMMASharedLayout(64, BITS, 3)),
-    )
-
-
-@gluon.jit
-def _load(ring, rows_desc, weights_desc, rows_half_desc, weights_half_desc, tile_experts_ptr, num_padded_ptr,
-          progress_ptr, N: gl.constexpr, K: gl.constexpr, NUM_N: gl.constexpr, GROUP_M: gl.constexpr,
-          BLOCK_N: gl.constexpr, HALVES: gl.constexpr, N_MAJOR: gl.constexpr):  # fmt: skip
+def _load(ring, rows_desc, weights_desc, tile_experts_ptr, num_padded_ptr, progress_ptr, N: gl.constexpr,
+          K: gl.constexpr, NUM_N: gl.constexpr, GROUP_M: gl.constexpr, BLOCK_N: gl.constexpr, HALVES: gl.constexpr,
+          N_MAJOR: gl.constexpr):  # fmt: skip
     """The TMA warp: weights, and the rows of act where there is a descriptor of them."""
     rows_smem, weights_smem, full, empty = ring
     STAGES: gl.constexpr = rows_smem.shape[0]
     BLOCK_M: gl.constexpr = rows_smem.shape[1]
     BLOCK_K: gl.constexpr = rows_smem.shape[2]
+    COLUMN_DIM: gl.constexpr = 2 if N_MAJOR else 1
+    COLUMNS: gl.constexpr = weights_smem.shape[1 + COLUMN_DIM]
+    LOADED_ROWS: gl.constexpr = 0 if rows_desc is None else BLOCK_M
     K_STEPS: gl.constexpr = triton.cdiv(K, BLOCK_K)
-    WHOLE_STEPS: gl.constexpr = K_STEPS if weights_half_desc is None else K_STEPS - 1
     # The next tile's expert is fetched while the ring is full, and so costs no time.
     PREFETCH_AT: gl.constexpr = 3 if K_STEPS > 4 else 0
     num_m = gl.load(num_padded_ptr) // BLOCK_M
@@ -136,14 +107,16 @@ def _load(ring, rows_desc, weights_desc, rows_half_desc, weights_half_desc, tile
                     gl.atomic_add(progress_ptr, 1, sem="relaxed")
             mbarrier.wait(empty.index(stage), ((index // STAGES) & 1) ^ 1)
             bar = full.index(stage)
-            row = block_m * BLOCK_M
-            if k_step < WHOLE_STEPS:
-                _load_step(rows_desc, weights_desc, bar, rows_smem.index(stage), weights_smem.index(stage), expert, row,
-                           column, k, N, BLOCK_N, HALVES, N_MAJOR)  # fmt: skip
-            elif weights_half_desc is not None:
-                rows, weights = _half_step(rows_smem.index(stage), weights_smem.index(stage))
-                _load_step(rows_half_desc, weights_half_desc, bar, rows, weights, expert, row, column, k, N, BLOCK_N,
-                           HALVES, N_MAJOR)  # fmt: skip
+            mbarrier.expect(bar, (LOADED_ROWS + COLUMNS) * BLOCK_K * (weights_desc.dtype.primitive_bitwidth // 8))
+            if rows_desc is not None:
+                tma_load(rows_desc, [block_m * BLOCK_M, k], bar, rows_smem.index(stage))
+            box = weights_smem.index(stage)
+            if HALVES:
+                HALF: gl.constexpr = COLUMNS // 2
+                _load_box(weights_desc, bar, box.slice(0, HALF, dim=COLUMN_DIM), expert, column, k, N_MAJOR)
+                _load_box(weights_desc, bar, box.slice(HALF, HALF, dim=COLUMN_DIM), expert, N + column, k, N_MAJOR)
+            else:
+                _load_box(weights_desc, bar, box, expert, column * (COLUMNS // BLOCK_N), k, N_MAJOR)
             index += 1
             if k_step == PREFETCH_AT:
                 next_expert = gl.load(tile_experts_ptr + gl.maximum(gl.minimum(next_block_m, num_m - 1), 0))
@@ -153,7 +126,7 @@ def _load(ring, rows_desc, weights_desc, rows_half_desc, weights_half_desc, tile
 
 @gluon.jit
 def _gather(ring, x_ptr, stride_xm, sorted_routes_ptr, num_padded_ptr, num_routes, K: gl.constexpr,
-            NUM_N: gl.constexpr, GROUP_M: gl.constexpr, TOP_K: gl.constexpr, HALF_STEP: gl.constexpr):  # fmt: skip
+            NUM_N: gl.constexpr, GROUP_M: gl.constexpr, TOP_K: gl.constexpr):  # fmt: skip
     """The cp.async warps: rows of x by route; without x they have nothing to do.
 
     Padding rows are zeroed and not read: a dummy row read by all programs would be a hot spot in L2.
@@ -170,12 +143,6 @@ def _gather(ring, x_ptr, stride_xm, sorted_routes_ptr, num_padded_ptr, num_route
         LAYOUT: gl.constexpr = gl.BlockedLayout([1, UNIT], [4, 8], [gl.num_warps(), 1], [1, 0])
         k_offsets = gl.arange(0, BLOCK_K, gl.SliceLayout(0, LAYOUT))
         offsets_m = gl.arange(0, BLOCK_M, gl.SliceLayout(1, LAYOUT))
-        K_STEPS: gl.constexpr = triton.cdiv(K, BLOCK_K)
-        WHOLE_STEPS: gl.constexpr = K_STEPS - 1 if HALF_STEP else K_STEPS
-        if HALF_STEP:
-            HALF_LAYOUT: gl.constexpr = gl.BlockedLayout([1, UNIT], [8, 4], [gl.num_warps(), 1], [1, 0])
-            half_offsets = gl.arange(0, BLOCK_K // 2, gl.SliceLayout(0, HALF_LAYOUT))
-            half_offsets_m = gl.arange(0, BLOCK_M, gl.SliceLayout(1, HALF_LAYOUT))
         num_m = gl.load(num_padded_ptr) // BLOCK_M
         index = 0
         step = 0
@@ -185,22 +152,14 @@ def _gather(ring, x_ptr, stride_xm, sorted_routes_ptr, num_padded_ptr, num_route
             tokens = (routes // TOP_K).to(gl.int64)
             x_ptrs = x_ptr + tokens[:, None] * row_step + k_offsets[None, :]
             row_mask = (routes < num_routes)[:, None]
-            if HALF_STEP:
-                half_routes = gl.load(sorted_routes_ptr + block_m * BLOCK_M + half_offsets_m)
-                half_tokens = (half_routes // TOP_K).to(gl.int64)
-            for k_step in range(K_STEPS):
+            for k_step in range(triton.cdiv(K, BLOCK_K)):
                 stage = index % STAGES
                 k = k_step * BLOCK_K
                 mask = row_mask
-                if K % BLOCK_K != 0 and not HALF_STEP:
+                if K % BLOCK_K != 0:
                     mask = row_mask & (k + k_offsets < K)[None, :]
                 mbarrier.wait(empty.index(stage), ((index // STAGES) & 1) ^ 1)
-                if k_step < WHOLE_STEPS:
-                    cp_async(rows_smem.index(stage), x_ptrs + k, mask=mask)
-                elif HALF_STEP:
-                    rows, _ = _half_step(rows_smem.index(stage), weights_smem.index(stage))
-                    half_ptrs = x_ptr + half_tokens[:, None] * row_step + (k + half_offsets)[None, :]
-                    cp_async(rows, half_ptrs, mask=(half_routes < num_routes)[:, None])
+                cp_async(rows_smem.index(stage), x_ptrs + k, mask=mask)
                 # Each thread arrives when its copies are complete; without the increment, `full` counts it in advance.
                 async_copy.mbarrier_arrive(full.index(stage), increment_count=False)
                 index += 1
@@ -213,8 +172,7 @@ def _gather(ring, x_ptr, stride_xm, sorted_routes_ptr, num_padded_ptr, num_route
 def _consume(CONSUMER: gl.constexpr, ring, turn, out_smem, out_desc, row_scales, epilogue, num_padded_ptr,
              N: gl.constexpr, K: gl.constexpr, NUM_N: gl.constexpr, GROUP_M: gl.constexpr, TOP_K: gl.constexpr,
              GATED: gl.constexpr, INTERLEAVED: gl.constexpr, N_MAJOR: gl.constexpr, ACTIVATION: gl.constexpr,
-             HAS_LIMIT: gl.constexpr, DTYPE: gl.constexpr, FENCE: gl.constexpr,
-             HALF_STEP: gl.constexpr):  # fmt: skip
+             HAS_LIMIT: gl.constexpr, DTYPE: gl.constexpr, FENCE: gl.constexpr):  # fmt: skip
     """Every second tile of the program, from step CONSUMER on: the K steps in turn, then the epilogue out of turn."""
     rows_smem, weights_smem, full, empty = ring
     STAGES: gl.constexpr = rows_smem.shape[0]
@@ -223,7 +181,6 @@ def _consume(CONSUMER: gl.constexpr, ring, turn, out_smem, out_desc, row_scales,
     COLUMNS: gl.constexpr = weights_smem.shape[3 if N_MAJOR else 2]
     BLOCK_N: gl.constexpr = COLUMNS // 2 if GATED else COLUMNS
     K_STEPS: gl.constexpr = triton.cdiv(K, BLOCK_K)
-    WHOLE_STEPS: gl.constexpr = K_STEPS - 1 if HALF_STEP else K_STEPS
     # One instruction takes 32 bytes of K.
     STEP: gl.constexpr = 256 // rows_smem.dtype.primitive_bitwidth
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, STEP])
@@ -234,16 +191,25 @@ def _consume(CONSUMER: gl.constexpr, ring, turn, out_smem, out_desc, row_scales,
         first = step * K_STEPS
         if row_scales[0] is not None:
             # Under the other consumer's tile, and so for nothing.
-            scales = scales_of_rows(row_scales, block_m, BLOCK_M, TOP_K, LAYOUT)
+            scales = _row_scales(row_scales, block_m, BLOCK_M, TOP_K, LAYOUT)
         mbarrier.wait(turn.index(CONSUMER), (1 - CONSUMER) ^ ((step // 2) & 1))
         acc = gl.zeros((BLOCK_M, COLUMNS), gl.float32, LAYOUT)
-        for k_step in range(WHOLE_STEPS):
-            acc = _multiply(acc, ring, first + k_step, k_step > 0, N_MAJOR, FENCE, False)
+        for k_step in range(K_STEPS):
+            index = first + k_step
+            stage = index % STAGES
+            mbarrier.wait(full.index(stage), (index // STAGES) & 1)
+            if FENCE:
+                # cp.async writes through the generic proxy and wgmma reads through the async proxy. The copies complete
+                # behind the back of the gathering threads, so the fence stands here, with the step before it in flight.
+                fence_async_shared()
+            if N_MAJOR:
+                weights = weights_smem.index(stage).reshape((BLOCK_K, COLUMNS))
+            else:
+                weights = weights_smem.index(stage).reshape((COLUMNS, BLOCK_K)).permute((1, 0))
+            pending = warpgroup_mma(rows_smem.index(stage), weights, acc, use_acc=k_step > 0, is_async=True)
+            acc = warpgroup_mma_wait(1, deps=(pending,))
             if k_step > 0:
-                mbarrier.arrive(empty.index((first + k_step + STAGES - 1) % STAGES), count=1)
-        if HALF_STEP:
-            acc = _multiply(acc, ring, first + WHOLE_STEPS, True, N_MAJOR, FENCE, True)
-            mbarrier.arrive(empty.index((first + WHOLE_STEPS + STAGES - 1) % STAGES), count=1)
+                mbarrier.arrive(empty.index((index + STAGES - 1) % STAGES), count=1)
         mbarrier.arrive(turn.index(1 - CONSUMER), count=1)
         acc = warpgroup_mma_wait(0, deps=(acc,))
         mbarrier.arrive(empty.index((first + K_STEPS + STAGES - 1) % STAGES), count=1)
@@ -257,25 +223,23 @@ def _consume(CONSUMER: gl.constexpr, ring, turn, out_smem, out_desc, row_scales,
 
 
 @gluon.jit
-def _multiply(acc, ring, index, use_acc, N_MAJOR: gl.constexpr, FENCE: gl.constexpr, HALF: gl.constexpr):
-    """Adds a K step, or half a one: its wgmma are issued, and those of the step before are over."""
-    rows_smem, weights_smem, full, empty = ring
-    STAGES: gl.constexpr = rows_smem.shape[0]
-    stage = index % STAGES
-    mbarrier.wait(full.index(stage), (index // STAGES) & 1)
-    if FENCE:
-        # cp.async writes through the generic proxy and wgmma reads through the async proxy. The copies complete behind
-        # the back of the gathering threads, so the fence stands here, with the step before it in flight.
-        fence_async_shared()
-    rows = rows_smem.index(stage)
-    weights = weights_smem.index(stage)
-    if HALF:
-        rows, weights = _half_step(rows, weights)
-    weights = weights.reshape((weights.shape[1], weights.shape[2]))
-    if not N_MAJOR:
-        weights = weights.permute((1, 0))
-    pending = warpgroup_mma(rows, weights, acc, use_acc=use_acc, is_async=True)
-    return warpgroup_mma_wait(1, deps=(pending,))
+def _row_scales(row_scales, block_m, BLOCK_M: gl.constexpr, TOP_K: gl.constexpr, LAYOUT: gl.constexpr):
+    """The scale of each row of a tile, times the one of the expert's weights where they have but one."""
+    (scale_ptr, stride_sm, stride_se, weight_scale_ptr, stride_we, sorted_routes_ptr, tile_experts_ptr,
+     num_routes) = row_scales  # fmt: skip
+    expert = gl.load(tile_experts_ptr + block_m).to(gl.int64)
+    rows = block_m * BLOCK_M + gl.arange(0, BLOCK_M, gl.SliceLayout(1, LAYOUT))
+    scale_ptr += expert * stride_se
+    if TOP_K:
+        routes = gl.load(sorted_routes_ptr + rows)
+        tokens = (routes // TOP_K).to(gl.int64)
+        scales = gl.load(scale_ptr + tokens * stride_sm, mask=routes < num_routes, other=0.0)
+    else:
+        scales = gl.load(scale_ptr + rows.to(gl.int64) * stride_sm)
+    if weight_scale_ptr is not None:
+        weight_scale_ptr += expert * stride_we
+        scales *= gl.load(weight_scale_ptr).to(gl.float32)
+    return scales
 
 
 @gluon.jit
@@ -326,9 +290,8 @@ def _store_tile(acc, out_smem, out_desc, epilogue, block_m, n, N: gl.constexpr, 
     "num_routes", "stride_xm", "stride_sm", "stride_se", "stride_we", "stride_oe", "stride_be", "alpha", "limit",
 ])  # fmt: skip
 def pingpong_kernel(
-    x_ptr, rows_desc, weights_desc, rows_half_desc, weights_half_desc, row_scale_ptr, weight_scale_ptr,
-    channel_scale_ptr, out_scale_ptr, bias_ptr, router_weights_ptr, out_desc, sorted_routes_ptr, tile_experts_ptr,
-    num_padded_ptr, progress_ptr, num_routes,
+    x_ptr, rows_desc, weights_desc, row_scale_ptr, weight_scale_ptr, channel_scale_ptr, out_scale_ptr, bias_ptr,
+    router_weights_ptr, out_desc, sorted_routes_ptr, tile_experts_ptr, num_padded_ptr, progress_ptr, num_routes,
     stride_xm, stride_sm, stride_se, stride_we, stride_oe, stride_be, alpha, limit,
     N: gl.constexpr, K: gl.constexpr, TOP_K: gl.constexpr, ACTIVATION: gl.constexpr, GATED: gl.constexpr,
     INTERLEAVED: gl.constexpr, HAS_LIMIT: gl.constexpr, N_MAJOR: gl.constexpr, DTYPE: gl.constexpr,
@@ -349,7 +312,6 @@ def pingpong_kernel(
     NUM_N: gl.constexpr = triton.cdiv(N, BLOCK_N)
     HALVES: gl.constexpr = GATED and not INTERLEAVED
     GATHER: gl.constexpr = x_ptr is not None
-    HALF_STEP: gl.constexpr = weights_half_desc is not None
     ROWS_DTYPE: gl.constexpr = x_ptr.dtype.element_ty if GATHER else rows_desc.dtype
     ROWS_LAYOUT: gl.constexpr = gl.NVMMASharedLayout(128, ROWS_DTYPE.primitive_bitwidth, 2)
     WEIGHTS_BOX: gl.constexpr = [1, BLOCK_K, COLUMNS] if N_MAJOR else [1, COLUMNS, BLOCK_K]
@@ -376,12 +338,11 @@ def pingpong_kernel(
     gl.warp_specialize([
         (_consume, (0, ring, turn, out_smem, out_desc, row_scales, epilogue, num_padded_ptr, N, K, NUM_N, GROUP_M,
                     TOP_K if GATHER else 0, GATED, INTERLEAVED, N_MAJOR, ACTIVATION, HAS_LIMIT, DTYPE,
-                    PROXY_FENCE and GATHER, HALF_STEP)),
+                    PROXY_FENCE and GATHER)),
         (_consume, (1, ring, turn, out_smem, out_desc, row_scales, epilogue, num_padded_ptr, N, K, NUM_N, GROUP_M,
                     TOP_K if GATHER else 0, GATED, INTERLEAVED, N_MAJOR, ACTIVATION, HAS_LIMIT, DTYPE,
-                    PROXY_FENCE and GATHER, HALF_STEP)),
-        (_gather, (ring, x_ptr, stride_xm, sorted_routes_ptr, num_padded_ptr, num_routes, K, NUM_N, GROUP_M, TOP_K,
-                  HALF_STEP)),
-        (_load, (ring, rows_desc, weights_desc, rows_half_desc, weights_half_desc, tile_experts_ptr, num_padded_ptr,
-                 progress_ptr, N, K, NUM_N, GROUP_M, BLOCK_N, HALVES, N_MAJOR)),
+                    PROXY_FENCE and GATHER)),
+        (_gather, (ring, x_ptr, stride_xm, sorted_routes_ptr, num_padded_ptr, num_routes, K, NUM_N, GROUP_M, TOP_K)),
+        (_load, (ring, rows_desc, weights_desc, tile_experts_ptr, num_padded_ptr, progress_ptr, N, K, NUM_N, GROUP_M,
+                 BLOCK_N, HALVES, N_MAJOR)),
     ], [4, _GATHER_WARPS, 1], [_CONSUMER_REGISTERS, _PRODUCER_REGISTERS, _PRODUCER_REGISTERS])  # fmt: skip

@@ -22,8 +22,6 @@ RUNS = [
     *(("tma", variant, tokens) for variant in VARIANTS if variant != "direct" for tokens in (7, 150, 1500)),
 ]
 SHAPES = {"whole": {"hidden": 512, "intermediate": 256}, "tails": {"hidden": 288, "intermediate": 160}}
-# fp8 has a half step of 128 columns left in both GEMMs; in 16 bits "tails" has one of 64.
-HALF_STEPS = {"hidden": 320, "intermediate": 192}
 DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 
 
@@ -45,16 +43,6 @@ def test_format(name, path, variant, num_tokens, shape):
     args = quantized_case(name, dtype, "cuda", num_tokens=num_tokens, routing="zipf", **SHAPES[shape])
     skip_unless_it_runs(args, path, variant)
     with override(path=path, variant=variant), poisoned_memory():
-        out = run(args)
-        again = run(args)
-    assert_correct(out, args)
-    assert torch.equal(out, again)
-
-
-@pytest.mark.parametrize("name", ["fp8_channel", "fp8_tensor", "fp8_static", "fp8_block"])
-def test_half_steps(name):
-    args = quantized_case(name, torch.bfloat16, "cuda", num_tokens=700, **HALF_STEPS)
-    with override(path="tma", variant="blockscaled" if name == "fp8_block" else "pingpong"), poisoned_memory():
         out = run(args)
         again = run(args)
     assert_correct(out, args)

@@ -227,7 +227,6 @@ PINGPONG = {
     "pingpong biases_interleaved": partial(pingpong, "biases_interleaved"),
     "pingpong n_major": partial(pingpong, "n_major"),
     "pingpong last columns": partial(pingpong, "plain", hidden=272, intermediate=144),
-    "pingpong half steps": partial(pingpong, "plain", hidden=288, intermediate=160),
     "pingpong many K steps": partial(pingpong, "plain", num_tokens=3000, hidden=1032, intermediate=1096),
 }
 BLOCKSCALED = {

@@ -323,8 +323,8 @@ GPU_MUTATIONS = [
     ),
     Mutation(
         "empty_parity_of_the_gather", "pingpong",
-        "mbarrier.wait(empty.index(stage), ((index // STAGES) & 1) ^ 1)\n                if k_step",
-        "mbarrier.wait(empty.index(stage), (index // STAGES) & 1)\n                if k_step",
+        "mbarrier.wait(empty.index(stage), ((index // STAGES) & 1) ^ 1)\n                cp_async",
+        "mbarrier.wait(empty.index(stage), (index // STAGES) & 1)\n                cp_async",
         "the gather waits for a pass that nobody has begun", "pingpong plain",
     ),
     Mutation(
@@ -354,8 +354,8 @@ GPU_MUTATIONS = [
         "no stage is ever full", "pingpong plain",
     ),
     Mutation(
-        "half_the_bytes_announced", "pingpong", "(LOADED_ROWS + COLUMNS) * ROW_BYTES",
-        "(LOADED_ROWS + COLUMNS // 2) * ROW_BYTES", "a stage counts as full before its up rows are there",
+        "half_the_bytes_announced", "pingpong", "(LOADED_ROWS + COLUMNS) * BLOCK_K *",
+        "(LOADED_ROWS + COLUMNS // 2) * BLOCK_K *", "a stage counts as full before its up rows are there",
         "pingpong plain",
     ),
     Mutation(
@@ -363,17 +363,12 @@ GPU_MUTATIONS = [
         "columns of the next token times weights of 0; past the last token, anything", "pingpong plain",
     ),
     Mutation(
-        "only_the_last_k_step", "pingpong", "first + k_step, k_step > 0,", "first + k_step, False,",
+        "only_the_last_k_step", "pingpong", "use_acc=k_step > 0", "use_acc=False",
         "a step forgets those before it", "pingpong plain",
     ),
     Mutation(
         "expert_of_this_tile", "pingpong", "gl.minimum(next_block_m, num_m - 1)", "gl.minimum(block_m, num_m - 1)",
         "a tile multiplies with the expert of the tile before", "pingpong many K steps",
-    ),
-    Mutation(
-        "half_step_multiplied_whole", "pingpong", "first + WHOLE_STEPS, True, N_MAJOR, FENCE, True)",
-        "first + WHOLE_STEPS, True, N_MAJOR, FENCE, False)", "columns that nobody loaded are multiplied too",
-        "pingpong half steps",
     ),
     Mutation(
         "last_columns_stored_elsewhere", "pingpong", "block_m, first_column(block_n, N, BLOCK_N), N,",
