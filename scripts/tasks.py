@@ -18,6 +18,7 @@ FLOOR = ROOT / ".venv" / "triton-floor"
 # The oldest Triton that moe_ops supports; its interpreter cannot loop up to a loaded bound on NumPy 2.4 or newer.
 FLOOR_TRITON = "3.6.0"
 FLOOR_REQUIREMENTS = [f"triton=={FLOOR_TRITON}", "numpy<2.4"]
+_GPU_TEST_GIGABYTES = 12
 # What every test run sees: no compiled code from an earlier run, no model download.
 TEST_ENV = {"TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1", "HF_HUB_OFFLINE": "1"}
 
@@ -54,6 +55,12 @@ def has_cuda_gpu() -> bool:
     return subprocess.run([sys.executable, "-c", probe], stderr=subprocess.DEVNULL).returncode == 0
 
 
+def gpu_gigabytes() -> int:
+    """Memory of the first CUDA GPU."""
+    probe = "import torch; print(torch.cuda.get_device_properties(0).total_memory >> 30)"
+    return int(subprocess.run([sys.executable, "-c", probe], stdout=subprocess.PIPE, check=True).stdout)
+
+
 def demo() -> bool:
     """A real model through the op, on the GPU if there is one."""
     return run("examples/generate.py")
@@ -69,8 +76,8 @@ def test() -> bool:
         run("-m", "pytest", "tests/interp", *parallel, env={**env, "TRITON_INTERPRET": "1"}),
     ]
     if has_cuda_gpu():
-        # Compiling for the GPU takes most of the time, and host cores.
-        parallel, threads = workers(max(1, min(10, (os.cpu_count() or 1) // 2)))
+        # Compiling for the GPU takes most of the time, and host cores; a process keeps what its largest test took.
+        parallel, threads = workers(max(1, min(10, (os.cpu_count() or 1) // 2, gpu_gigabytes() // _GPU_TEST_GIGABYTES)))
         env = {**TEST_ENV, **threads, **inductor_env()}
         results.append(run("-m", "pytest", "-m", "gpu", "tests/gpu", "tests/mutants", *parallel, env=env))
     else:
