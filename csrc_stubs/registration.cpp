@@ -12,6 +12,7 @@
 #include "op_schema.h"
 #include "products.h"
 #include "routing.h"
+#include "text.h"
 
 // The arguments of `fused_moe_tma`, once as parameters and once as what makes an `Arguments`.
 #define MOE_OPS_PARAMETERS                                                                                          \
@@ -43,8 +44,14 @@ void fused_moe_out_cpu(const Tensor& out, MOE_OPS_PARAMETERS) {
   const Arguments args = MOE_OPS_ARGUMENTS;
   const Problem problem = make_problem(args);
   check_out(out, args, problem);
-  // Through the dispatcher, which notes that `out` has changed.
-  copy(out, fused_moe(args, problem));
+  const Tensor result = fused_moe(args, problem);
+  // Through the dispatcher, which notes that `out` has changed, or refuses. The stable ABI cannot ask it beforehand.
+  try {
+    copy(out, result);
+  } catch (const std::exception&) {
+    fail("out requires grad, and the op has no backward: pass out.detach(), or call it in torch.no_grad(); or out was ",
+         "made in torch.inference_mode(): call it there too");
+  }
 }
 
 // Whether this library defined the schemas. Where Python came first, its kernels stay too.

@@ -12,6 +12,7 @@
 
 #include <exception>
 #include <fstream>
+#include <iomanip>
 #include <iostream>
 #include <iterator>
 #include <stdexcept>
@@ -126,7 +127,7 @@ int run(const Options& options) {
   const std::vector<at::Tensor> outputs = package.run(read_tensors(options.inputs));
   for (size_t i = 0; i < outputs.size(); ++i) {
     std::cout << "output " << i << ": " << outputs[i].dtype() << " " << outputs[i].sizes() << " sum "
-              << outputs[i].sum(at::kDouble).item<double>() << "\n";
+              << std::setprecision(8) << outputs[i].sum(at::kDouble).item<double>() << "\n";
   }
   if (!options.output.empty()) write_tensors(options.output, outputs);
   return options.expected.empty() || compare(outputs, read_tensors(options.expected)) ? 0 : 1;
