@@ -84,7 +84,9 @@ std::vector<at::Tensor> read_tensors(const std::string& path) {
 }
 
 void write_tensors(const std::string& path, const std::vector<at::Tensor>& tensors) {
-  const std::vector<char> bytes = torch::jit::pickle_save(c10::List<at::Tensor>(tensors));
+  // A tuple: torch.load takes one with weights_only=True, and no list of tensors as C++ writes it.
+  const std::vector<c10::IValue> values(tensors.begin(), tensors.end());
+  const std::vector<char> bytes = torch::jit::pickle_save(c10::ivalue::Tuple::create(values));
   std::ofstream file(path, std::ios::binary);
   file.write(bytes.data(), static_cast<std::streamsize>(bytes.size()));
   if (!file) throw std::runtime_error(path + " cannot be written");

@@ -23,7 +23,9 @@ TARGET_VERSION = "-DTORCH_TARGET_VERSION=0x020b000000000000"
 
 def compiler() -> str | None:
     """The C++ compiler: $CXX, g++ or clang++, or None."""
-    return next((found for name in (os.environ.get("CXX"), "g++", "clang++") if name and (found := shutil.which(name))), None)
+    return next(
+        (found for name in (os.environ.get("CXX"), "g++", "clang++") if name and (found := shutil.which(name))), None
+    )
 
 
 def torch_root() -> Path:
@@ -64,7 +66,9 @@ def main() -> int:
     parser.add_argument("--namespace", default="moe_ops", help="the operators' namespace")
     options = parser.parse_args()
     if compiler() is None:
-        print("error: no C++ compiler found: install g++ (Debian, Ubuntu: apt install g++), or set CXX", file=sys.stderr)
+        print(
+            "error: no C++ compiler found: install g++ (Debian, Ubuntu: apt install g++), or set CXX", file=sys.stderr
+        )
         return 1
     options.out.mkdir(parents=True, exist_ok=True)
     commands = [library_command(options.out / "libmoe_ops.so", options.namespace)]
