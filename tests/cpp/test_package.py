@@ -67,6 +67,49 @@ def test_without_the_library(run_package):
     assert done.returncode == 2 and "Could not find schema for moe_ops::fused_moe_tma" in done.stderr
 
 
+# Every option of an unquantised call, both ops and route in one package; inputs, expected results and package go to
+# the folder in sys.argv[1].
+OPTIONS = """
+import sys, torch, moe_ops
+from moe_ops.testing import random_inputs
+args = random_inputs(
+    num_tokens=6, hidden=24, intermediate=16, experts=4, top_k=3, dtype=torch.bfloat16, bias=True, n_major=True,
+    index_dtype=torch.int64, activation="swigluoai", activation_alpha=1.1, activation_limit=0.7,
+    gate_up_layout="interleaved", routed_scaling_factor=2.5, apply_router_weight_on_input=True, reduce_topk=False,
+    deterministic=False, path="reference", out_dtype=torch.float32,
+    expert_map=torch.tensor([2, -1, 0, 3], dtype=torch.int32),
+)
+tensors = args.tensors()
+options = {name: getattr(args, name) for name in args.__slots__ if name not in tensors}
+class Calls(torch.nn.Module):
+    def forward(self, *given):
+        call = dict(zip(tensors, given, strict=True)) | options
+        out = torch.empty(6, 3, 24)
+        torch.ops.moe_ops.fused_moe_tma_(out, **call)
+        return torch.ops.moe_ops.fused_moe_tma(**call), out, *moe_ops.route(call["topk_ids"], 4, 2, call["expert_map"])
+with torch.no_grad():
+    given = tuple(tensors.values())
+    program = torch.export.export(Calls(), given)
+    torch._inductor.aoti_compile_and_package(program, package_path=sys.argv[1] + "/options.pt2")
+    # The exact results of path="reference" are more than the C++ kernel promises.
+    options["path"] = "auto"
+    torch.save(given, sys.argv[1] + "/inputs.pt")
+    torch.save(Calls()(*given), sys.argv[1] + "/expected.pt")
+"""
+
+
+def test_every_option(built, tmp_path, run_python):
+    run_python(OPTIONS, tmp_path)
+    command = (built.runner, tmp_path / "options.pt2", tmp_path / "inputs.pt", "--library", built.library)
+    done = run(*command, "--output", tmp_path / "output.pt")
+    assert done.returncode == 0, done.stderr
+    got, expected = torch.load(tmp_path / "output.pt"), torch.load(tmp_path / "expected.pt")
+    assert len(got) == len(expected) == 6 and got[0].abs().max() > 0.1
+    for result, want in zip(got, expected, strict=True):
+        torch.testing.assert_close(result, want, rtol=2e-2, atol=2e-2)
+    assert all(map(torch.equal, got[2:], expected[2:]))
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
