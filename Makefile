@@ -2,7 +2,7 @@
 # task in it. Another interpreter: make test PYTHON=python3.12
 
 PYTHON ?= python3
-TASKS := demo test lint examples test-triton-floor
+TASKS := demo test lint examples cpp test-triton-floor
 
 .PHONY: help clean $(TASKS)
 
@@ -11,6 +11,7 @@ help:
 	@echo "make test               set up .venv and run the tests (GPU tests too where there is a CUDA GPU)"
 	@echo "make lint               ruff check and ruff format --check"
 	@echo "make examples           run every file in examples/ with small settings"
+	@echo "make cpp                build the C++ library and the runner of packages into build/cpp"
 	@echo "make test-triton-floor  run the compile and interpreter tests with the oldest supported Triton"
 	@echo "make clean              remove .venv, caches and build results"
 	@echo "Add PYTHON=python3.12 to choose the interpreter (3.10 or newer)."

@@ -20,7 +20,7 @@ GATE_UP_LAYOUTS = ("concatenated", "interleaved")
 PATHS = ("auto", "tma", "classic", "reference")
 INDEX_DTYPES = (torch.int32, torch.int64)
 
-_LARGEST_BLOCK = 256
+LARGEST_BLOCK = 256
 
 
 @dataclass(frozen=True)
@@ -279,7 +279,7 @@ def _check_shapes(args: Arguments, activation: Activation, scheme: Scheme) -> No
     if scheme.quantized:
         check_scales(args, scheme, factor * intermediate)
     _check_ids(ids, args.expert_map)
-    _check_num_routes(num_tokens * ids.shape[1], experts, _LARGEST_BLOCK)
+    _check_num_routes(num_tokens * ids.shape[1], experts, LARGEST_BLOCK)
 
 
 def _check_ids(topk_ids: Tensor, expert_map: Tensor | None) -> None:

@@ -1,4 +1,10 @@
-"""Registers the ops: schemas, fakes, and implementations per dispatch key. Kernels are imported at their first use."""
+"""Registers the ops: schemas, fakes, and implementations per dispatch key. Kernels are imported at their first use.
+
+The C++ library (`csrc_stubs/`) may have been loaded before. Its schemas and CPU kernels then stay, and Python adds what
+it does not have; loaded afterwards, it adds nothing. Whoever comes first is so whose CPU kernels run.
+"""
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -12,8 +18,31 @@ from moe_ops.schema import FUSED_MOE, FUSED_MOE_, NAMESPACE, NO_BACKWARD, ROUTE
 # Kept alive here: the ops vanish with the object.
 _library = torch.library.Library(NAMESPACE, "FRAGMENT")
 
+
+def _define(schema: str) -> None:
+    """Defines an op, unless one with this very schema is there: defining it twice is an error."""
+    name = f"{NAMESPACE}::{schema.split('(')[0]}"
+    try:
+        found = torch._C._get_schema(name, "")
+    except RuntimeError:
+        _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+        return
+    expected = torch._C.parse_schema(f"{NAMESPACE}::{schema}")
+    if str(found) != str(expected):
+        raise ImportError(
+            f"{name} is registered already, as {found}, expected {expected}: a C++ library of another version of "
+            "moe_ops has been loaded; build it again from the sources of this version"
+        )
+
+
+def _implement(name: str, function: Callable, key: str) -> None:
+    """Registers an implementation, unless the C++ library's is there."""
+    if not torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{name}", key):
+        _library.impl(name, function, key)
+
+
 for _schema in (FUSED_MOE, FUSED_MOE_, ROUTE, NO_BACKWARD):
-    _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _define(_schema)
 
 
 def _run(args: Arguments, problem: Problem, plan: Plan, out: Tensor) -> None:
@@ -108,11 +137,11 @@ def _backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 for _key in ("CPU", "CUDA"):
-    _library.impl("fused_moe_tma", _fused_moe, _key)
-    _library.impl("fused_moe_tma_", _fused_moe_, _key)
-_library.impl("route", _route_cpu, "CPU")
-_library.impl("route", _route_cuda, "CUDA")
-_library.impl("_no_backward", _no_backward, "CompositeExplicitAutograd")
+    _implement("fused_moe_tma", _fused_moe, _key)
+    _implement("fused_moe_tma_", _fused_moe_, _key)
+_implement("route", _route_cpu, "CPU")
+_implement("route", _route_cuda, "CUDA")
+_implement("_no_backward", _no_backward, "CompositeExplicitAutograd")
 
 torch.library.register_fake(f"{NAMESPACE}::fused_moe_tma", _fused_moe_fake, lib=_library)
 torch.library.register_fake(f"{NAMESPACE}::fused_moe_tma_", _fused_moe_fake_, lib=_library)

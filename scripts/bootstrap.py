@@ -39,6 +39,7 @@ TARGETS = {
     "lint": (0, "", False),
     "demo": (1, "hf", False),
     "examples": (1, "hf", True),
+    "cpp": (1, "hf", True),
     "test": (2, "test", True),
     "test-triton-floor": (2, "test", False),
 }

@@ -132,6 +132,11 @@ def examples() -> bool:
     return bool(results) and not failed
 
 
+def cpp() -> bool:
+    """The C++ library and the runner of AOTInductor packages."""
+    return run("scripts/build_cpp.py")
+
+
 def lint() -> bool:
     """Style and formatting."""
     results = [run("-m", "ruff", "check", "."), run("-m", "ruff", "format", "--check", ".")]
@@ -141,7 +146,14 @@ def lint() -> bool:
 def main() -> int:
     """Run the target named on the command line and say how long it took."""
     target = sys.argv[1]
-    tasks = {"demo": demo, "test": test, "test-triton-floor": test_triton_floor, "examples": examples, "lint": lint}
+    tasks = {
+        "demo": demo,
+        "test": test,
+        "test-triton-floor": test_triton_floor,
+        "examples": examples,
+        "cpp": cpp,
+        "lint": lint,
+    }
     start = time.monotonic()
     try:
         passed = tasks[target]()
