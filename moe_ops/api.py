@@ -10,6 +10,9 @@ from moe_ops.dispatch import Plan
 from moe_ops.problem import Arguments
 from moe_ops.routing import Routing
 
+# The overload, which a call through the packet has to look for every time.
+_FUSED_MOE = torch.ops.moe_ops.fused_moe_tma.default
+
 
 def fused_moe(
     hidden_states: Tensor,
@@ -129,7 +132,7 @@ def fused_moe(
     Source:
         The fused MoE kernels of vLLM and SGLang for the layout of the operands; gpt-oss for "swigluoai".
     """
-    return torch.ops.moe_ops.fused_moe_tma(
+    return _FUSED_MOE(
         hidden_states, w1, w2, topk_weights, topk_ids, w1_bias, w2_bias, w1_scale, w2_scale, w1_zero_point,
         w2_zero_point, a1_scale, a2_scale, expert_map,
         activation=activation, activation_alpha=activation_alpha, activation_limit=activation_limit,

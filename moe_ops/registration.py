@@ -114,31 +114,54 @@ def _route_cpu(topk_ids: Tensor, num_experts: int, block: int, expert_map: Tenso
     return tuple(sort_routes(topk_ids, num_experts, block, expert_map))
 
 
+_HAS_NO_BACKWARD = (
+    "moe_ops.fused_moe_tma has no backward: it is for inference. Call it under torch.no_grad() or "
+    "torch.inference_mode(), or give it inputs that do not require grad; to train, use an implementation with a "
+    "backward, such as experts_implementation='grouped_mm' in transformers"
+)
+
+
 def _no_backward(grad: Tensor, size: list[int], dtype: torch.dtype) -> Tensor:
-    raise NotImplementedError(
-        "moe_ops.fused_moe_tma has no backward: it is for inference. Call it under torch.no_grad() or "
-        "torch.inference_mode(), or give it inputs that do not require grad; to train, use an implementation with a "
-        "backward, such as experts_implementation='grouped_mm' in transformers"
-    )
+    raise NotImplementedError(_HAS_NO_BACKWARD)
 
 
-def _setup_context(ctx, inputs, keyword_only_inputs=None, output=None) -> None:
-    # Sizes instead of tensors: nothing is kept alive for a gradient that will not be computed.
-    ctx.likes = [(list(x.shape), x.dtype) if isinstance(x, Tensor) else None for x in inputs]
+class _Forward(torch.autograd.Function):
+    """A forward whose backward raises."""
+
+    @staticmethod
+    def forward(ctx, tensors: tuple, options: dict, *needing: Tensor) -> Tensor:
+        # Sizes instead of tensors: nothing is kept alive for a gradient that will not be computed.
+        ctx.likes = [(x.shape, x.dtype) for x in needing]
+        return torch.ops.moe_ops.fused_moe_tma.default(*tensors, **options)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        # A formula that raises here would break the tracing of a compiled forward; this one raises when it runs.
+        grads = (
+            torch.ops.moe_ops._no_backward(grad, *like) if needed else None
+            for like, needed in zip(ctx.likes, ctx.needs_input_grad[2:], strict=True)
+        )
+        return None, None, *grads
 
 
-def _backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-    # A formula that raises here would already break the tracing of a compiled forward; this one raises when it runs.
-    # A call's trailing defaults are among the likes, not among the inputs.
-    return tuple(
-        torch.ops.moe_ops._no_backward(grad, *like) if needed else None
-        for like, needed in zip(ctx.likes, ctx.needs_input_grad, strict=False)
-    )
+def _fused_moe_autograd(*tensors: Tensor | None, **options) -> Tensor:
+    # What `torch.library.register_autograd` would put here reads the schema again in every call that requires grad,
+    # which takes longer than the kernels of a small one.
+    needing = ()
+    if torch.is_grad_enabled():
+        needing = [x for x in tensors if x is not None and x.requires_grad]
+    if needing and torch._C._are_functorch_transforms_active():
+        raise NotImplementedError(_HAS_NO_BACKWARD)
+    with torch._C._AutoDispatchBelowAutograd():
+        if needing:
+            return _Forward.apply(tensors, options, *needing)
+        return torch.ops.moe_ops.fused_moe_tma.default(*tensors, **options)
 
 
 for _key in ("CPU", "CUDA"):
     _implement("fused_moe_tma", _fused_moe, _key)
     _implement("fused_moe_tma_", _fused_moe_, _key)
+_library.impl("fused_moe_tma", _fused_moe_autograd, "Autograd")
 _implement("route", _route_cpu, "CPU")
 _implement("route", _route_cuda, "CUDA")
 _implement("_no_backward", _no_backward, "CompositeExplicitAutograd")
@@ -149,4 +172,3 @@ torch.library.register_fake(f"{NAMESPACE}::route", _route_fake, lib=_library)
 torch.library.register_fake(
     f"{NAMESPACE}::_no_backward", lambda grad, size, dtype: grad.new_empty(size, dtype=dtype), lib=_library
 )
-torch.library.register_autograd(f"{NAMESPACE}::fused_moe_tma", _backward, setup_context=_setup_context, lib=_library)

@@ -33,6 +33,17 @@ def test_quickstart():
     assert re.search(r"^path: (cpu|classic|tma) \(.+\)$", done.stdout, re.M)
 
 
+def test_cuda_graph():
+    """The same lines every time, and a note where there is no graph."""
+    example = ROOT / "examples" / "cuda_graph.py"
+    first, second = (run(example, "--device", "cpu") for _ in range(2))
+    assert first.returncode == 0, first.stdout + first.stderr
+    note, *lines = first.stdout.splitlines()
+    assert note == "no CUDA graph: the steps run eagerly on the CPU"
+    assert len(lines) == 12 and all(line.endswith(": equal to a call of its own") for line in lines)
+    assert second.stdout == first.stdout
+
+
 def test_generate(tmp_path):
     pytest.importorskip("transformers", minversion="5.17")
     example = ROOT / "examples" / "generate.py"

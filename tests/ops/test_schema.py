@@ -100,6 +100,7 @@ def test_api_passes_every_argument_on(monkeypatch):
         positional = [name for name, _, keyword_only in schema_arguments(FUSED_MOE) if not keyword_only]
         seen.update(dict(zip(positional, args, strict=True)), **kwargs)
 
-    monkeypatch.setattr(torch.ops.moe_ops, "fused_moe_tma", op)
+    assert moe_ops.api._FUSED_MOE is torch.ops.moe_ops.fused_moe_tma.default
+    monkeypatch.setattr(moe_ops.api, "_FUSED_MOE", op)
     moe_ops.fused_moe(**{name: f"value of {name}" for name in names})
     assert seen == {name: f"value of {name}" for name in names}

@@ -1,0 +1,34 @@
+"""torch.export with any number of tokens: saved, loaded in a fresh process, run there."""
+
+import pytest
+import torch
+
+from tests.blocks import Calls, TransformerBlock, assert_block, assert_calls, dynamic_tokens
+from tests.ops.saved import run_saved
+
+TOKENS = (0, 1, 2, 6, 31, 4096)
+
+
+def ops(program: torch.export.ExportedProgram) -> int:
+    """How often the graph calls the op."""
+    return sum(node.target is torch.ops.moe_ops.fused_moe_tma.default for node in program.graph.nodes)
+
+
+@pytest.mark.parametrize("strict", [False, True], ids=["nonstrict", "strict"])
+@pytest.mark.parametrize(
+    ("make", "check", "tokens"),
+    [(TransformerBlock, assert_block, TOKENS), (Calls, assert_calls, TOKENS[:-1])],
+    ids=["block", "every-argument"],
+)
+def test_export(make, check, tokens, strict, tmp_path):
+    torch._dynamo.reset()
+    module = make()
+    example = module.inputs(6)
+    # Grad mode, and weights that are Parameters: an export does not ask for torch.no_grad().
+    program = torch.export.export(module, example, dynamic_shapes=dynamic_tokens(example), strict=strict)
+    assert ops(program) == (1 if make is TransformerBlock else len(module.options))
+    torch.export.save(program, tmp_path / "program.pt2")
+    inputs = [module.inputs(num_tokens) for num_tokens in tokens]
+    for given, results in zip(inputs, run_saved("export", tmp_path / "program.pt2", inputs), strict=True):
+        with torch.no_grad():
+            check(module, results, given)
