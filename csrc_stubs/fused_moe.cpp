@@ -98,8 +98,7 @@ class Kernel {
         problem_(problem),
         routes_(group_routes(args.topk_ids, problem.num_experts, args.expert_map)),
         weights_(read_weights(args.topk_weights)),
-        w1_bias_(args.w1_bias),
-        w2_bias_(args.w2_bias) {}
+        w1_bias_(args.w1_bias) {}
 
   void run(const Tensor& out) {
     const Tensor down = new_buffer({static_cast<int64_t>(routes_.sorted.size()), problem_.hidden_size}, problem_.dtype);
@@ -119,21 +118,20 @@ class Kernel {
     const Tensor x = new_buffer({max_rows, hidden}, problem_.dtype);
     const Tensor up = new_buffer({max_rows, w1_rows}, problem_.dtype);
     const Tensor act = new_buffer({max_rows, inner}, problem_.dtype);
-    GroupedProduct up_product(args_.w1, max_rows), down_product(args_.w2, max_rows);
+    // The routing weight may come between the up projection and its bias.
+    GroupedProduct up_product(args_.w1, std::nullopt, max_rows), down_product(args_.w2, args_.w2_bias, max_rows);
     for (int64_t expert = 0; expert < problem_.num_experts; ++expert) {
       const int64_t stop = routes_.offsets[expert + 1];
       if (routes_.offsets[expert] == stop) continue;
       const float* w1_bias = w1_bias_.of(expert);
-      const float* w2_bias = w2_bias_.of(expert);
       for (int64_t start = routes_.offsets[expert]; start < stop; start += kMaxRows) {
         const int64_t rows = std::min(kMaxRows, stop - start);
         const int32_t* routes = routes_.sorted.data() + start;
         gather(routes, rows, mutable_data<T>(x));
         up_product.run(expert, view(x, {rows, hidden}, {hidden, 1}), view(up, {rows, w1_rows}, {w1_rows, 1}));
         activate(routes, rows, data<T>(up), w1_bias, mutable_data<T>(act));
-        const Tensor result = view(down, {rows, hidden}, {hidden, 1}, start * hidden);
-        down_product.run(expert, view(act, {rows, inner}, {inner, 1}), result);
-        if (w2_bias != nullptr) add_bias(rows, w2_bias, mutable_data<T>(result));
+        down_product.run(expert, view(act, {rows, inner}, {inner, 1}),
+                         view(down, {rows, hidden}, {hidden, 1}, start * hidden));
       }
     }
   }
@@ -157,14 +155,6 @@ class Kernel {
     parallel_rows(rows, 4 * w1_rows, [&](int64_t i) {
       const float factor = problem_.router_weight_on_input ? weights_[routes[i]] : 1.0f;
       activate_row(up + i * w1_rows, bias, factor, problem_, act + i * inner);
-    });
-  }
-
-  void add_bias(int64_t rows, const float* bias, T* down) const {
-    const int64_t hidden = problem_.hidden_size;
-    parallel_rows(rows, hidden, [&](int64_t i) {
-      T* row = down + i * hidden;
-      for (int64_t h = 0; h < hidden; ++h) row[h] = static_cast<T>(static_cast<float>(row[h]) + bias[h]);
     });
   }
 
@@ -200,7 +190,6 @@ class Kernel {
   GroupedRoutes routes_;
   std::vector<float> weights_;
   Bias w1_bias_;
-  Bias w2_bias_;
 };
 
 }  // namespace

@@ -24,10 +24,6 @@ bool has_product(ScalarType dtype) {
   return dtype == ScalarType::BFloat16 ? bfloat16 : half;
 }
 
-void multiply(const Tensor& rows, const Tensor& weight_t, const Tensor& out) {
-  TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(out.get(), rows.get(), weight_t.get()));
-}
-
 Tensor first_rows(const Tensor& tensor, int64_t rows) {
   return view(tensor, {rows, tensor.size(1)}, {tensor.size(1), 1});
 }
@@ -48,28 +44,46 @@ void copy(const Tensor& dst, const Tensor& src) {
   TORCH_ERROR_CODE_CHECK(aoti_torch_copy_(dst.get(), src.get(), /*non_blocking=*/0));
 }
 
-GroupedProduct::GroupedProduct(const Tensor& weights, int64_t max_rows)
-    : weights_(weights), native_(has_product(weights.scalar_type())) {
-  if (native_) return;
+GroupedProduct::GroupedProduct(const Tensor& weights, const std::optional<Tensor>& bias, int64_t max_rows)
+    : weights_(weights), wide_(!has_product(weights.scalar_type())) {
+  if (bias && bias->defined()) bias_ = bias;
+  // Added after the product it would cost a second rounding, and libtorch's product takes none of another dtype.
+  if (bias_ && bias_->scalar_type() != weights.scalar_type()) wide_ = true;
+  if (!wide_) return;
   const int64_t columns = weights.size(1), depth = weights.size(2);
-  wide_ = {new_buffer({columns, depth}, ScalarType::Float), new_buffer({max_rows, depth}, ScalarType::Float),
-           new_buffer({max_rows, columns}, ScalarType::Float)};
+  buffers_ = {new_buffer({columns, depth}, ScalarType::Float), new_buffer({max_rows, depth}, ScalarType::Float),
+              new_buffer({max_rows, columns}, ScalarType::Float)};
+  if (bias_) {
+    const std::vector<int64_t> sizes = {bias_->size(0), bias_->size(1)};
+    const Tensor wide_bias = new_buffer(sizes, ScalarType::Float);
+    copy(wide_bias, view(*bias_, sizes, {bias_->stride(0), bias_->stride(1)}));
+    bias_ = wide_bias;
+  }
 }
 
 void GroupedProduct::run(int64_t expert, const Tensor& rows, const Tensor& out) {
-  const std::vector<int64_t> sizes = {weights_.size(1), weights_.size(2)};
-  const std::vector<int64_t> strides = {weights_.stride(1), weights_.stride(2)};
-  const int64_t offset = expert * weights_.stride(0);
-  if (!native_) return run_wide(view(weights_, sizes, strides, offset), rows, out);
-  multiply(rows, view(weights_, {sizes[1], sizes[0]}, {strides[1], strides[0]}, offset), out);
+  if (wide_) return run_wide(expert, rows, out);
+  multiply(expert, rows, view(weights_, {weights_.size(2), weights_.size(1)}, {weights_.stride(2), weights_.stride(1)},
+                              expert * weights_.stride(0)), out);
 }
 
-void GroupedProduct::run_wide(const Tensor& weight, const Tensor& rows, const Tensor& out) {
-  const Tensor wide_rows = first_rows(wide_[1], rows.size(0)), wide_out = first_rows(wide_[2], rows.size(0));
-  copy(wide_[0], weight);
+void GroupedProduct::run_wide(int64_t expert, const Tensor& rows, const Tensor& out) {
+  const int64_t columns = weights_.size(1), depth = weights_.size(2);
+  const Tensor wide_rows = first_rows(buffers_[1], rows.size(0)), wide_out = first_rows(buffers_[2], rows.size(0));
+  copy(buffers_[0], view(weights_, {columns, depth}, {weights_.stride(1), weights_.stride(2)},
+                         expert * weights_.stride(0)));
   copy(wide_rows, rows);
-  multiply(wide_rows, view(wide_[0], {weight.size(1), weight.size(0)}, {1, weight.size(1)}), wide_out);
+  multiply(expert, wide_rows, view(buffers_[0], {depth, columns}, {1, depth}), wide_out);
   copy(out, wide_out);
+}
+
+void GroupedProduct::multiply(int64_t expert, const Tensor& rows, const Tensor& weight_t, const Tensor& out) {
+  if (!bias_) {
+    TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(out.get(), rows.get(), weight_t.get()));
+    return;
+  }
+  const Tensor bias = view(*bias_, {bias_->size(1)}, {bias_->stride(1)}, expert * bias_->stride(0));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(out.get(), bias.get(), rows.get(), weight_t.get(), 1.0, 1.0));
 }
 
 }  // namespace moe_ops

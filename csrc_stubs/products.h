@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <vector>
 
 #include "checks.h"
@@ -21,20 +22,23 @@ void copy(const Tensor& dst, const Tensor& src);
 
 class GroupedProduct {
  public:
-  // weights: [E, N, K], any strides. At most `max_rows` rows are multiplied at a time.
-  GroupedProduct(const Tensor& weights, int64_t max_rows);
+  // weights: [E, N, K], bias: [E, N] in their dtype or float32, any strides. At most `max_rows` rows are multiplied at
+  // a time.
+  GroupedProduct(const Tensor& weights, const std::optional<Tensor>& bias, int64_t max_rows);
 
-  // out [n, N] = rows [n, K] @ weights[expert]^T, both contiguous and of the weights' dtype; fp32 accumulation, one
-  // rounding.
+  // out [n, N] = rows [n, K] @ weights[expert]^T + bias[expert], both contiguous and of the weights' dtype; float32
+  // accumulation, and one rounding after the bias.
   void run(int64_t expert, const Tensor& rows, const Tensor& out);
 
  private:
-  void run_wide(const Tensor& weight, const Tensor& rows, const Tensor& out);
+  void run_wide(int64_t expert, const Tensor& rows, const Tensor& out);
+  void multiply(int64_t expert, const Tensor& rows, const Tensor& weight_t, const Tensor& out);
 
   Tensor weights_;
-  bool native_;
-  // Of a CPU without matrix products in 16 bits: weights of one expert, rows and result in float32.
-  std::vector<Tensor> wide_;
+  std::optional<Tensor> bias_;
+  bool wide_;
+  // Of a wide product: weights of one expert, rows and result in float32.
+  std::vector<Tensor> buffers_;
 };
 
 }  // namespace moe_ops

@@ -99,10 +99,12 @@ def test_cmake(built, tmp_path, run_command, run_python):
     assert done.returncode != 0 and "expected the folder of torch" in done.stderr
 
 
-def test_cmake_has_the_same_sources():
+def test_cmake_and_docs_have_the_same_sources():
     text = (build_cpp.SOURCES / "CMakeLists.txt").read_text()
     assert f"MODULE {' '.join(build_cpp.LIBRARY_SOURCES)})" in text
     assert build_cpp.TARGET_VERSION.removeprefix("-D") in text
+    docs = (build_cpp.ROOT / "docs" / "cpp.md").read_text()
+    assert f"{build_cpp.TARGET_VERSION} -isystem $TORCH/include {' '.join(build_cpp.LIBRARY_SOURCES)} " in docs
     assert {f.name for f in build_cpp.SOURCES.glob("*.cpp")} == {*build_cpp.LIBRARY_SOURCES, "run_package.cpp"}
 
 
