@@ -4,18 +4,16 @@ The backends run unchanged on CPU tensors; a stand-in driver names the target an
 (`JITFunction.warmup`). What is checked is therefore what ships: grids, arguments and descriptors included.
 """
 
-import io
 import os
 import re
 import subprocess
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 import triton
-from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
@@ -88,22 +86,14 @@ def compiling(arch: int) -> Iterator[list]:
     previous_driver, previous_getitem = driver._active, JITFunction.__getitem__
 
     def getitem(self, grid):
-        def launch(*args, **kwargs):
-            with redirect_stdout(io.StringIO()) as log:
-                kernel = self.warmup(*args, grid=grid, **kwargs)
-            kernel.assembler_log = log.getvalue()
-            launches.append((self, kernel))
-
-        return launch
+        return lambda *args, **kwargs: launches.append((self, self.warmup(*args, grid=grid, **kwargs)))
 
     # Kernels are cached per device number, and every architecture here is device 0.
     _forget_kernels()
     driver.set_active(_Driver(arch))
     JITFunction.__getitem__ = getitem
     try:
-        with knobs.nvidia.scope():
-            knobs.nvidia.dump_ptxas_log = True
-            yield launches
+        yield launches
     finally:
         JITFunction.__getitem__ = previous_getitem
         driver._active = previous_driver
@@ -134,29 +124,28 @@ def compile_call(args: Arguments, arch: int) -> dict[str, Compiled]:
 def report(name: str, kernel) -> Compiled:
     """What there is to know about a kernel from its code and from the assembler."""
     ptx = kernel.asm["ptx"]
-    log = kernel.assembler_log
-    if "registers" not in log:  # it came from Triton's cache, and was assembled another day
-        log = _assemble(ptx, re.search(r"\.target (\S+?)[,\s]", ptx).group(1))
+    target = re.search(r"\.target (\S+?)[,\s]", ptx).group(1)
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "kernel.ptx")
+        with open(path, "w") as file:
+            file.write(ptx)
+        log = _assemble(path, target)
     spills = sum(int(n) for n in re.findall(r"(\d+) bytes spill", log))
     registers = max((int(n) for n in re.findall(r"Used (\d+) registers", log)), default=0)
     return Compiled(name, ptx, kernel.metadata.shared, spills, registers, "instructions are serialized" in log)
 
 
-def _assemble(ptx: str, target: str) -> str:
+def _assemble(path: str, target: str) -> str:
     """The report of one of the two assemblers Triton bundles; only one of them may know the PTX version."""
-    tools = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin")
+    folder = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin")
     log = ""
-    with tempfile.TemporaryDirectory() as folder:
-        path = os.path.join(folder, "kernel.ptx")
-        with open(path, "w") as file:
-            file.write(ptx)
-        for name in ("ptxas", "ptxas-blackwell"):
-            if os.path.exists(os.path.join(tools, name)):
-                command = [os.path.join(tools, name), "-v", f"--gpu-name={target}", path, "-o", f"{path}.cubin"]
-                result = subprocess.run(command, capture_output=True, text=True)
-                if result.returncode == 0:
-                    return result.stderr
-                log += result.stderr
+    for name in ("ptxas", "ptxas-blackwell"):
+        if os.path.exists(os.path.join(folder, name)):
+            command = [os.path.join(folder, name), "-v", f"--gpu-name={target}", path, "-o", f"{path}.cubin"]
+            result = subprocess.run(command, capture_output=True, text=True)
+            if result.returncode == 0:
+                return result.stderr
+            log += result.stderr
     raise RuntimeError(f"no bundled assembler accepts the PTX for {target}: {log}")
 
 
