@@ -194,7 +194,7 @@ def test_forward_with_parameters_and_no_backward():
 
 @pytest.mark.parametrize("needs_grad", [False, True])
 def test_modes_and_subclasses_see_the_op(needs_grad):
-    """Plain calls go from autograd straight to the kernel; those that something else waits for do not."""
+    """The autograd kernel of the op hands it on, and whatever waits below sees it."""
     seen = []
 
     class Mode(TorchDispatchMode):
