@@ -152,10 +152,10 @@ def state_of(*settings) -> str:
 def case_names() -> list[str]:
     """The variants there are."""
     try:
-        from tests.gpu.repeats import CASES
+        from tests.gpu.repeats import ALL_CASES
     except ImportError as error:
         raise CannotRunError(f"{error}: run this with the Python that has torch and triton") from None
-    return list(CASES)
+    return list(ALL_CASES)
 
 
 def find_sanitizer(asked: str | None) -> tuple[str, tuple[int, ...]]:
@@ -263,9 +263,9 @@ def check(variant: str, device: str = "cuda") -> None:
 
     from moe_ops.devices import describe
     from moe_ops.reference import fused_moe_reference
-    from moe_ops.testing import assert_correct, random_inputs
+    from moe_ops.testing import assert_correct
     from tests.cases import run as call
-    from tests.gpu.repeats import CASES
+    from tests.gpu.repeats import ALL_CASES
 
     if variant == PLANTED:
         from moe_ops.kernels.stream import read_kernel
@@ -274,9 +274,10 @@ def check(variant: str, device: str = "cuda") -> None:
         read_kernel[(1,)](memory, sink, 4 * memory.numel(), BLOCK=1024)
         torch.cuda.synchronize()
         return
-    case = CASES[variant]
-    args = random_inputs(
-        num_tokens=3 if case.tokens[0] == 1 else 100, hidden=264, intermediate=136, experts=4, top_k=2,
+    case = ALL_CASES[variant]
+    hidden, intermediate = (288, 160) if case.quantized else (264, 136)
+    args = case.inputs(
+        num_tokens=3 if case.tokens[0] == 1 else 100, hidden=hidden, intermediate=intermediate, experts=4, top_k=2,
         dtype=torch.float16, bias=True,
     )  # fmt: skip
     reference = fused_moe_reference(args)

@@ -178,7 +178,12 @@ def used_arguments(calls: Calls) -> set[str]:
     return used | {name for options in calls.options for name, value in options.items() if value != defaults[name]}
 
 
-def assert_calls(calls: Calls, results: Sequence[Tensor], inputs: tuple) -> None:
-    """Each result is that of the eager call, to the bit."""
-    for name, got, expected in zip(CALLS, results, calls(*inputs), strict=True):
-        assert torch.equal(got, expected), name
+def assert_calls(calls: Calls, results: Sequence[Tensor], inputs: tuple, *, packaged: bool = False) -> None:
+    """Each result is that of the eager call, to the bit.
+
+    Packages of torch 2.11 hand a dtype over as another one (pytorch/pytorch#169157), which docs/compile.md says too:
+    results of calls with `out_dtype` are not looked at there if `packaged`.
+    """
+    lost = packaged and torch.__version__ < (2, 12)
+    for name, options, got, expected in zip(CALLS, calls.options, results, calls(*inputs), strict=True):
+        assert (lost and options["out_dtype"] is not None) or torch.equal(got, expected), name

@@ -9,13 +9,13 @@ import os
 import random
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from moe_ops.arguments import Arguments
-from moe_ops.testing import assert_correct, override, poisoned_memory, random_inputs
+from moe_ops.testing import assert_correct, override, poisoned_memory, quantized_inputs, random_inputs
 from moe_ops.tuning import VARIANTS, TileConfig
 from tests.cases import run
 
@@ -29,16 +29,28 @@ SHAPES = (
     {"hidden": 1024, "intermediate": 512, "dtype": torch.bfloat16},
     {"hidden": 1000, "intermediate": 360, "dtype": torch.float16, "bias": True},
 )
+# Rows of 4 bits are whole steps of TMA too, and the last block of scales is short.
+QUANTIZED_SHAPES = (SHAPES[0], {"hidden": 1056, "intermediate": 352, "dtype": torch.float16, "bias": True})
 
 
 @dataclass(frozen=True)
 class Case:
-    """What `override` forces, and the tokens of each of `SHAPES`."""
+    """What `override` forces, the tokens of each of `shapes`, and the format as `quantized_inputs` takes it."""
 
     path: str
     variant: str
     tokens: tuple[int, int]
     config: tuple[TileConfig, TileConfig] | None = None
+    quantized: dict[str, object] = field(default_factory=dict, hash=False)
+
+    @property
+    def shapes(self) -> tuple[dict[str, object], ...]:
+        """Two kinds of sizes, with which every tile is whole, and hardly any."""
+        return QUANTIZED_SHAPES if self.quantized else SHAPES
+
+    def inputs(self, **sizes) -> Arguments:
+        """A random call in the case's format."""
+        return quantized_inputs(**self.quantized, **sizes) if self.quantized else random_inputs(**sizes)
 
     def override(self):
         """The context in which calls run as this case."""
@@ -67,9 +79,22 @@ CASES = {
 CASES |= {
     variant: Case("tma", variant, (1, 3))
     for variant in VARIANTS
-    # The calls here are not quantised; test_quantized.py has those.
+    # Block scales are below.
     if variant not in {"blockscaled", *(c.variant for c in CASES.values())}
 }
+# The kernels that quantised weights have to themselves, with the tiles that they take.
+QUANTIZED_CASES = {
+    "blockscaled": Case(
+        "tma", "blockscaled", (1024, 500), quantized={"quantization": "fp8_w8a8", "block_shape": (128, 128)}
+    ),
+    "pingpong-fp8": Case(
+        "tma", "pingpong", (2048, 1500), quantized={"quantization": "fp8_w8a8", "granularity": "channel"}
+    ),
+    "sorted-int4": Case("tma", "sorted", (64, 77), quantized={"quantization": "int4_w4a16", "block_shape": (0, 128)}),
+    "sorted-mxfp4": Case("tma", "sorted", (64, 77), quantized={"quantization": "mxfp4_w4a16"}),
+    "direct-fp8": Case("tma", "direct", (1, 3), quantized={"quantization": "fp8_w8a8", "block_shape": (128, 128)}),
+}
+ALL_CASES = {**CASES, **QUANTIZED_CASES}
 
 
 class Noise:
@@ -152,11 +177,11 @@ def repeat(args: Arguments, noise: Callable[[], None]) -> str | None:
 
 def main(name: str) -> None:
     """Runs a case in all its shapes; the last line printed says how far it came."""
-    case = CASES[name]
+    case = ALL_CASES[name]
     noise = Noise()
-    for num_tokens, shape in zip(case.tokens, SHAPES, strict=True):
+    for num_tokens, shape in zip(case.tokens, case.shapes, strict=True):
         print(f"{num_tokens} tokens, {shape}", flush=True)
-        args = random_inputs(num_tokens=num_tokens, experts=16, top_k=4, device="cuda", **shape)
+        args = case.inputs(num_tokens=num_tokens, experts=16, top_k=4, device="cuda", **shape)
         with case.override():
             problem = repeat(args, noise.issue)
         if problem is not None:

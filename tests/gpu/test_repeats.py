@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.gpu.repeats import CASES, REPEATS
+from tests.gpu.repeats import ALL_CASES, REPEATS
 
 ROOT = Path(__file__).resolve().parents[2]
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
@@ -63,7 +63,7 @@ def children(request, tmp_path_factory):
 
 
 @pytest.mark.skipif(not HOPPER, reason="the tiles are Hopper's")
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", ALL_CASES)
 def test_repeats(name, children):
     processes, deadline = children
     problem = processes[name].finish(deadline)

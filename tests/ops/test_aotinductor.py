@@ -34,7 +34,7 @@ def test_package(tmp_path):
     with torch.no_grad():
         for given, (block, calls) in zip(inputs, run_saved("aoti", tmp_path / "package.pt2", inputs), strict=True):
             assert_block(module.block, block, given[:1])
-            assert_calls(module.calls, calls, given[1:])
+            assert_calls(module.calls, calls, given[1:], packaged=True)
 
 
 def test_the_page_of_docs(tmp_path, monkeypatch, capsys):

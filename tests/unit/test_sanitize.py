@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import moe_ops
-from tests.gpu.repeats import CASES
+from tests.gpu.repeats import ALL_CASES
 
 ROOT = Path(moe_ops.__file__).resolve().parents[1]
 _spec = importlib.util.spec_from_file_location("sanitize", ROOT / "scripts" / "sanitize.py")
@@ -183,9 +183,9 @@ def machine(tmp_path, monkeypatch):
 
 def test_all_clean_and_done_once(machine, capsys):
     status, calls = machine()
-    expected = ["memcheck planted", *(f"{tool} {name}" for name in CASES for tool in ("memcheck", "racecheck"))]
+    expected = ["memcheck planted", *(f"{tool} {name}" for name in ALL_CASES for tool in ("memcheck", "racecheck"))]
     assert (status, calls) == (0, expected)
-    lines = capsys.readouterr().out.splitlines()[-2 - 3 * len(CASES) :]
+    lines = capsys.readouterr().out.splitlines()[-2 - 3 * len(ALL_CASES) :]
     assert lines[0].split() == ["tool", "variant", "errors", "warnings", "seconds", "verdict"]
     assert lines[1].split()[:4] == ["memcheck", "planted", "12", "0"]
     assert machine() == (0, [])
