@@ -4,7 +4,7 @@ The C++ library (`csrc_stubs/`) may have been loaded before. Its schemas and CPU
 it does not have; loaded afterwards, it adds nothing. Whoever comes first is so whose CPU kernels run.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -35,10 +35,12 @@ def _define(schema: str) -> None:
         )
 
 
-def _implement(name: str, function: Callable, key: str) -> None:
-    """Registers an implementation, unless the C++ library's is there."""
-    if not torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{name}", key):
-        _library.impl(name, function, key)
+def _implement(name: str, function: Callable, key: str) -> bool:
+    """Registers an implementation, unless the C++ library's is there; says whether it did."""
+    if torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{name}", key):
+        return False
+    _library.impl(name, function, key)
+    return True
 
 
 for _schema in (FUSED_MOE, FUSED_MOE_, ROUTE, NO_BACKWARD):
@@ -132,7 +134,7 @@ class _Forward(torch.autograd.Function):
     def forward(ctx, tensors: tuple, options: dict, *needing: Tensor) -> Tensor:
         # Sizes instead of tensors: nothing is kept alive for a gradient that will not be computed.
         ctx.likes = [(x.shape, x.dtype) for x in needing]
-        return torch.ops.moe_ops.fused_moe_tma.default(*tensors, **options)
+        return _fused_moe_below_autograd(tensors, options)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -144,6 +146,39 @@ class _Forward(torch.autograd.Function):
         return None, None, *grads
 
 
+# Types of devices on which the op is `_fused_moe`.
+_OURS = set()
+# `_Forward.apply` less what it does for transforms of torch.func, which do not get there.
+_apply_forward = super(torch.autograd.Function, _Forward).apply
+
+
+# Sets of dispatch keys seen in a call's first tensor: whether they are an ordinary tensor's on a device of `_OURS`.
+_plain_keys: dict[int, bool] = {}
+
+
+def _keys(x: Tensor) -> int:
+    return torch._C._dispatch_keys(x).raw_repr()
+
+
+def _are_plain(keys: int, device: torch.device) -> bool:
+    """Whether tensors with these keys are no subclass, no wrapper of a transform, not negated lazily, not sparse."""
+    return device.type in _OURS and keys == _keys(torch.empty(0, device=device))
+
+
+def _fused_moe_below_autograd(tensors: Sequence[Tensor | None], options: dict) -> Tensor:
+    """The op below autograd: our kernel itself where nothing else can want the call, which saves a dispatch."""
+    plain = not torch._C._len_torch_dispatch_stack()
+    if plain:
+        first = _keys(tensors[0])
+        if first not in _plain_keys:
+            _plain_keys[first] = _are_plain(first, tensors[0].device)
+        plain = _plain_keys[first]
+        for x in tensors:
+            plain = plain and (x is None or _keys(x) == first)
+    with torch._C._AutoDispatchBelowAutograd():
+        return (_fused_moe if plain else torch.ops.moe_ops.fused_moe_tma.default)(*tensors, **options)
+
+
 def _fused_moe_autograd(*tensors: Tensor | None, **options) -> Tensor:
     # What `torch.library.register_autograd` would put here reads the schema again in every call that requires grad,
     # which takes longer than the kernels of a small one.
@@ -152,14 +187,14 @@ def _fused_moe_autograd(*tensors: Tensor | None, **options) -> Tensor:
         needing = [x for x in tensors if x is not None and x.requires_grad]
     if needing and torch._C._are_functorch_transforms_active():
         raise NotImplementedError(_HAS_NO_BACKWARD)
-    with torch._C._AutoDispatchBelowAutograd():
-        if needing:
-            return _Forward.apply(tensors, options, *needing)
-        return torch.ops.moe_ops.fused_moe_tma.default(*tensors, **options)
+    if needing:
+        return _apply_forward(tensors, options, *needing)
+    return _fused_moe_below_autograd(tensors, options)
 
 
 for _key in ("CPU", "CUDA"):
-    _implement("fused_moe_tma", _fused_moe, _key)
+    if _implement("fused_moe_tma", _fused_moe, _key):
+        _OURS.add(_key.lower())
     _implement("fused_moe_tma_", _fused_moe_, _key)
 _library.impl("fused_moe_tma", _fused_moe_autograd, "Autograd")
 _implement("route", _route_cpu, "CPU")

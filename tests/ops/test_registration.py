@@ -10,6 +10,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import moe_ops
+from moe_ops import registration
 from moe_ops.arguments import TENSOR_ARGUMENTS, Arguments
 from moe_ops.reference import fused_moe_reference
 from moe_ops.testing import random_inputs
@@ -220,6 +221,22 @@ def test_no_recording_between_autograd_and_the_kernel():
     weights = [node for node, _ in result.grad_fn.next_functions if node is not None]
     assert len(weights) == 2 and all(type(node).__name__ == "AccumulateGrad" for node in weights)
     assert not OP(*split(inputs(5))[0]).requires_grad
+
+
+def test_only_ordinary_tensors_go_to_the_kernel_without_a_dispatch(monkeypatch):
+    """A kernel that reads memory would read a lazily negated tensor's with the wrong sign."""
+    tensors, _ = split(inputs(5))
+    expected = OP(*tensors)
+    direct = []
+    monkeypatch.setattr(registration, "_fused_moe", lambda *args, **kwargs: direct.append(args) or expected)
+    OP(*tensors)
+    OP(*parameters(inputs(5)))
+    assert len(direct) == 2
+    for negated in (0, 1, 3):
+        given = [torch._neg_view(-x) if i == negated else x for i, x in enumerate(tensors)]
+        assert given[negated].is_neg()
+        assert torch.equal(OP(*given), expected)
+    assert len(direct) == 2
 
 
 def test_tangents_do_not_reach_the_backend():
