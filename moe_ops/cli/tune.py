@@ -31,10 +31,11 @@ from moe_ops.tuning.files import ConfigError, is_there, write_atomically
 from moe_ops.tuning.lookup import PACKAGED
 from moe_ops.tuning.table import Table, dump_table, load_table
 
-# Device memory of a worker beside weights and workspaces: the CUDA context, the flush, references of its checks.
-_BESIDE = 3 << 30
+# Device memory of a worker beside weights and workspaces: the CUDA context, the flush, a reference of some tokens; and
+# copies of a result in float64 that a check makes.
+_BESIDE, _COPIES = 3 << 30, 8
 _USABLE = 0.85
-_MOST_WORKERS = 8
+_MOST_WORKERS = 12
 
 _EXAMPLES = """examples:
   python -m moe_ops tune --model qwen3-30b-a3b
@@ -205,8 +206,10 @@ class Tuning:
         weights = problem.num_experts * problem.hidden_size * (problem.w1_rows + problem.intermediate_size)
         weights *= problem.weight_dtype.itemsize
         workspace = max(make_plan(call.problem(), device).workspace_bytes for call in calls)
-        room = int(_USABLE * memory // (weights // problem.scheme.planes + 2 * workspace + _BESIDE))
-        return max(1, min(self._options.workers or min(_MOST_WORKERS, (os.cpu_count() or 2) // 2), room))
+        copies = _COPIES * max(call.tokens for call in calls) * problem.hidden_size * 8
+        room = int(_USABLE * memory // (weights // problem.scheme.planes + 2 * workspace + copies + _BESIDE))
+        by_cpus = min(_MOST_WORKERS, (os.cpu_count() or 2) * 3 // 4)
+        return max(1, min(self._options.workers or by_cpus, room))
 
     def _tune(self, bucket: Bucket, name: str, calls: list[Call], device: Device, made: dict[str, str], runner,
               progress: Progress) -> list[Found]:  # fmt: skip

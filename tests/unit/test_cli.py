@@ -80,7 +80,7 @@ def test_help_is_a_page(capsys, command):
         (["doctor", "now"], "now"),
         (["bench", "--model", "gpt-9"], "--model gpt-9"),
         (["bench", "--compare", "/nowhere.json"], "/nowhere.json cannot be read"),
-        (["bench", "--csv", "/nowhere/out.csv"], "--csv /nowhere/out.csv"),
+        (["bench", "--csv", "/dev/null/out.csv"], "--csv /dev/null/out.csv"),
     ],
 )
 def test_wrong_arguments(capsys, arguments, words):
