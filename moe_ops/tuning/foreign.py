@@ -71,7 +71,7 @@ def load_foreign(file: Path, bucket: Bucket, device: str) -> Table:
         up, down = ups[tokens], downs[min(downs, key=lambda other: abs(other - tokens))]
         up, down = replace(up, block_n=max(16, up.block_n // 2)), replace(down, block_m=up.block_m)
         entries.append(Entry(tokens, Tiles("sorted", up, down)))
-    return Table(bucket, device, tuple(entries))
+    return Table(bucket, device, tuple(entries), foreign=True)
 
 
 def _tiles(file: Path) -> dict[int, TileConfig]:

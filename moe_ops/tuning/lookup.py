@@ -60,7 +60,7 @@ def tuned_tiles(problem: Problem, device: Device, path: str) -> Tuned | None:
         elsewhere = replace(problem, num_tokens=entry.tokens)
         if heuristic_tiles(elsewhere, device, path) != own:
             return None
-    if not table.made and own.variant == "direct":  # files of others, which have no such kernel
+    if table.foreign and own.variant != "sorted":  # those who made it had no other kernel to compare with
         return None
     obstacle = tuned_obstacle(problem, device, path, tuned.variant, tuned.up, tuned.down)
     if obstacle is not None:

@@ -59,12 +59,14 @@ class Table:
         device: name of the device they were measured on.
         entries: by ascending numbers of tokens.
         made: versions and date, by "moe_ops", "torch", "triton" and "date".
+        foreign: read from a file of another library, which knows nothing of variants.
     """
 
     bucket: Bucket
     device: str
     entries: tuple[Entry, ...]
     made: dict[str, str] = field(default_factory=dict)
+    foreign: bool = False
 
     def near(self, tokens: int) -> Entry | None:
         """The entry whose number of tokens is nearest, as a ratio; None if that is more than 2 either way."""

@@ -22,6 +22,7 @@ from moe_ops.tuning.obstacles import tuned_obstacle
 from moe_ops.tuning.table import Entry, Table, Tiles, dump_table, load_table
 from moe_ops.tuning.variants import choose_variant, variant_obstacle
 from tests.unit.test_dispatch import A100, B200, GPUS, H200, INTERPRETER, RTX_4090, by_name, problem
+from tests.unit.test_house import ROOT
 
 BF16, FP16 = torch.bfloat16, torch.float16
 SIZES = (8, 2, 256, 1024)
@@ -62,6 +63,14 @@ def test_a_table_comes_back(tmp_path):
     empty = replace(TABLE, entries=())
     assert load_table(write(tmp_path, empty), BUCKET) == empty
     assert os.listdir(file.parent) == [file.name]
+
+
+def test_the_example_of_the_docs_is_a_table(tmp_path):
+    text = (ROOT.parent / "docs" / "tuning.md").read_text()
+    (tmp_path / "table.json").write_text(text.split("```json")[1].split("```")[0])
+    table = load_table(tmp_path / "table.json")
+    assert f"<folder>/{device_folder(table.device)}/{table.bucket.file_name}" in text
+    assert [entry.tokens for entry in table.entries] == [16, 64]
 
 
 def test_merged():

@@ -146,6 +146,8 @@ class Engine:
             except Exception as error:  # the candidate's own failure, unless the device is gone
                 if self.broken():
                     raise
+                if self._device == "cuda":
+                    torch.cuda.empty_cache()  # what ran out of memory left it full
                 send({"event": "skip", "index": number, "error": _one_line(error)})
                 continue
             captured.result = None  # its memory serves the next graph
