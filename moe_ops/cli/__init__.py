@@ -33,6 +33,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UsageError as error:
         print(f"python -m moe_ops {options.command}: error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print(f"python -m moe_ops {options.command}: interrupted", file=sys.stderr)
+        return 130
     except BrokenPipeError:  # as in `... | head`
         sys.stderr.close()
         return 1

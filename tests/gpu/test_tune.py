@@ -32,8 +32,9 @@ def call(tokens: int = 64, form: str = "none") -> Call:
 @pytest.mark.timeout(500)
 def test_a_run_from_end_to_end(tmp_path, monkeypatch, capsys):
     found = tmp_path / "found.json"
-    arguments = ["--shape", "8,2,256,128", "--tokens", "1,64", "--out", str(tmp_path), "--json", str(found)]
-    assert main(["tune", *arguments, "--plot", str(tmp_path), "--log", str(tmp_path / "log")]) == 0
+    arguments = ["--shape", "8,2,256,128", "--tokens", "1,64", "--out", str(tmp_path / "tables"), "--json", str(found)]
+    monkeypatch.chdir(tmp_path)  # where the plot goes, if there is a matplotlib
+    assert main(["tune", *arguments, "--log", str(tmp_path / "log")]) == 0
     print(capsys.readouterr().out)
     (table,) = json.loads(found.read_text())["tables"]
     assert [entry["tokens"] for entry in table["calls"]] == [1, 64]
@@ -41,12 +42,12 @@ def test_a_run_from_end_to_end(tmp_path, monkeypatch, capsys):
         assert 0 < entry["ms"] <= entry["heuristic_ms"] and entry["error"] is None
         assert len(entry["failed"]) < entry["candidates"] / 2, entry["failed"]
     bucket = call().bucket
-    folder = tmp_path / device_folder(torch.cuda.get_device_name())
+    folder = tmp_path / "tables" / device_folder(torch.cuda.get_device_name())
     loaded = load_table(folder / bucket.file_name, bucket)
     assert [file.name for file in folder.iterdir()] == [bucket.file_name]
 
     # The op takes what was found, and is right.
-    monkeypatch.setenv("MOE_OPS_CONFIG_DIR", str(tmp_path))
+    monkeypatch.setenv("MOE_OPS_CONFIG_DIR", str(tmp_path / "tables"))
     monkeypatch.setattr(plans, "_plans", {})
     lookup.forget()
     try:
@@ -82,5 +83,5 @@ def test_a_worker_outlives_tiles_that_no_multiprocessor_holds():
     assert trial.error is None and trial.result["difference"] == 0
     assert failed.error is not None and failed.culprit == 0
     assert race.error is None and race.result[1] is None and list(race.failed) == [1]
-    assert race.result[0] > 0 and race.result[2] == pytest.approx(race.result[0], rel=0.5)
+    assert race.result[0] > 0 and race.result[2] == pytest.approx(race.result[0], rel=1)
     assert verified.error is None and 0 < verified.result["rms"] < 0.01

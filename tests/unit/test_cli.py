@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from moe_ops.cli import doctor, export, main, output
+from moe_ops.cli import doctor, explain, export, main, output
 from moe_ops.cli.calls import SHAPES
 from moe_ops.cli.formats import FORMATS
 from moe_ops.cli.known import ARCHITECTURES, CARDS, known_card, like
@@ -107,6 +107,15 @@ def test_a_process_of_its_own():
     assert lines[0].startswith("gpt-oss-20b (E=32, top_k=4") and lines[1].split()[0] == "M" and good.stdout.isascii()
     bad = run("explain", "--model", "nothing")
     assert bad.returncode == 2 and bad.stdout == "" and bad.stderr.count("\n") == 1
+
+
+def test_an_interrupt_is_one_line(capsys, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(explain, "chosen_shapes", interrupted)
+    assert main(["explain", "--model", "olmoe-1b-7b"]) == 130
+    assert capsys.readouterr().err == "python -m moe_ops explain: interrupted\n"
 
 
 # Explain.

@@ -21,6 +21,8 @@ MARGIN = 0.02
 _FIRST_ROUNDS, _BEST_ROUNDS, _FINAL_ROUNDS = 3, 7, 15
 # Candidates of the first race that stay, and finalists that are verified before the search gives up.
 _STAYING, _FINALISTS = 5, 3
+# Calls whose trials run together: enough to keep processes busy, and few enough that a table grows as they end.
+_TOGETHER = 2
 
 
 class Runner(Protocol):
@@ -81,8 +83,12 @@ class Search:
     def run(self, calls: Sequence[Call], found: Callable[[Found], None]) -> None:
         """Tunes calls, and says of each what was found as soon as it is.
 
-        All trials of a wave run together, since compiling keeps many processes busy; races run one at a time.
+        The trials of some calls run together, since compiling keeps many processes busy; races run one at a time.
         """
+        for first in range(0, len(calls), _TOGETHER):
+            self._run(calls[first : first + _TOGETHER], found)
+
+    def _run(self, calls: Sequence[Call], found: Callable[[Found], None]) -> None:
         states = [Found(call) for call in calls]
         waves = [first_wave(state.call.problem(), self._device, state.call.path) for state in states]
         self._try(states, waves)
