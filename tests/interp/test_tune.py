@@ -6,6 +6,7 @@ import torch
 from moe_ops.cli import harness
 from moe_ops.cli.tuner import worker
 from moe_ops.cli.tuner.calls import Call, tiles_from_json, tiles_to_json
+from moe_ops.cli.tuner.pool import Pool
 from moe_ops.devices import describe
 from moe_ops.tuning import TileConfig
 from moe_ops.tuning.lookup import heuristic_tiles
@@ -51,6 +52,21 @@ def test_tiles_that_cannot_be_are_an_error():
     with pytest.raises(ValueError, match="both must be the same"):
         engine.answer(request("trial", CALLS["none"], wrong), events.append)
     assert events == [{"event": "begin", "index": 0}]
+
+
+def test_a_process_of_its_own(tmp_path):
+    """Through the pool: what the worker says can be read, it outlives a candidate that fails, and it prints nowhere."""
+    call, log = CALLS["none"], tmp_path / "log"
+    wrong = Tiles("sorted", TileConfig(16, 32, 64), TileConfig(32, 64, 64))
+    asked = [request("trial", call, GOOD), request("trial", call, wrong), request("verify", call, GOOD)]
+    with Pool(worker.main, (str(log), "cpu"), limit=100) as pool:
+        hello = pool.hello()
+        trial, failed, verified = pool.run(asked, 1)
+    assert hello["device"]["interpreted"] and hello["versions"]["torch"] == torch.__version__
+    assert trial.error is None and trial.result["difference"] < 2e-3
+    assert failed.culprit == 0 and failed.error.startswith("ValueError: up.block_m is 16")
+    assert verified.error is None and verified.result["rms"] > 0
+    assert log.exists()
 
 
 def test_race(monkeypatch):

@@ -59,6 +59,7 @@ def to_json(found: Found) -> dict[str, object]:
 def plot(name: str, table: Table, file: Path) -> None:
     """A PNG of a table: milliseconds of both over the number of tokens, and what was gained."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
     entries = [entry for entry in table.entries if entry.ms and entry.heuristic_ms]
     tokens = [entry.tokens for entry in entries]
@@ -67,6 +68,9 @@ def plot(name: str, table: Table, file: Path) -> None:
     latency.plot(tokens, [entry.heuristic_ms for entry in entries], "o--", color="C7", label="heuristic")
     latency.plot(tokens, [entry.ms for entry in entries], "o-", color="C0", label="tuned")
     latency.set(yscale="log", ylabel="milliseconds", title="Latency, CUDA graphs, cold L2")
+    latency.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))  # a decade may be all there is
+    latency.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    latency.yaxis.set_minor_formatter(NullFormatter())
     latency.legend()
     bars = [100 * (entry.heuristic_ms / entry.ms - 1) for entry in entries]
     gained.bar(range(len(entries)), bars, color=["C0" if bar > 0 else "C7" for bar in bars])

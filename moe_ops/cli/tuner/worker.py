@@ -28,12 +28,13 @@ _KEPT_CALLS = 4
 Send = Callable[[dict], None]
 
 
-def main(connection, log: str | None = None) -> None:
+def main(connection, log: str | None = None, device: str = "cuda") -> None:
     """Answers requests until the other end is closed, or the device is broken.
 
     Args:
         connection: to the pool.
         log: file for what compilers and drivers print; None for nowhere.
+        device: "cuda", or "cpu" for Triton's interpreter, which has no clock and no races.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent's to handle
     _redirect(log)
@@ -42,7 +43,7 @@ def main(connection, log: str | None = None) -> None:
     def send(event: dict) -> None:
         connection.send_bytes(json.dumps(event).encode())
 
-    engine = Engine("cuda")
+    engine = Engine(device)
     send({"event": "ready", **engine.hello()})
     while True:
         try:
@@ -89,9 +90,9 @@ class Engine:
 
     def hello(self) -> dict:
         """What the tuner has to know of the device and the versions."""
-        index = torch.cuda.current_device()
-        memory = torch.cuda.get_device_properties(index).total_memory
-        return {"device": asdict(describe(torch.device("cuda", index))), "versions": versions(), "memory": memory}
+        memory = torch.cuda.get_device_properties(0).total_memory if self._device == "cuda" else 0
+        facts = asdict(describe(torch.device(self._device, 0)))
+        return {"device": facts, "versions": versions(), "memory": memory}
 
     def broken(self) -> bool:
         """Whether the device does no more work for this process."""
