@@ -4,4 +4,6 @@ import sys
 
 from moe_ops.cli import main
 
-sys.exit(main())
+# A worker of `tune` imports this module again, under another name.
+if __name__ == "__main__":
+    sys.exit(main())

@@ -35,7 +35,8 @@ class Device:
 
 
 @functools.lru_cache(maxsize=1)
-def _triton() -> tuple[str | None, bool]:
+def triton_facts() -> tuple[str | None, bool]:
+    """(version of Triton, whether it has TMA descriptors made on the host); (None, False) where it is not installed."""
     if importlib.util.find_spec("triton") is None:
         return None, False
     return importlib.metadata.version("triton"), importlib.util.find_spec("triton.tools.tensor_descriptor") is not None
@@ -45,7 +46,7 @@ def _triton() -> tuple[str | None, bool]:
 def describe(device: torch.device) -> Device:
     """Describes a CUDA or CPU device; any other kind is described as itself and has no kernels."""
     interpreted = os.environ.get("TRITON_INTERPRET", "0") in ("1", "true", "True")
-    triton, has_descriptors = _triton() if device.type == "cuda" or interpreted else (None, False)
+    triton, has_descriptors = triton_facts() if device.type == "cuda" or interpreted else (None, False)
     if device.type != "cuda":
         return Device(
             kind=device.type,

@@ -1,4 +1,7 @@
-"""Problem + device -> Plan: which path runs, why, and with what tiles. Pure: nothing here touches a device."""
+"""Problem + device -> Plan: which path runs, why, and with what tiles. Nothing here touches a device.
+
+Pure but for the tables of tuned tiles, which are read once (`moe_ops.tuning.lookup`).
+"""
 
 import contextlib
 import contextvars
@@ -10,13 +13,12 @@ from moe_ops import env, routing
 from moe_ops.devices import Device
 from moe_ops.problem import PATHS, Problem
 from moe_ops.quantization.scheme import GROUP
-from moe_ops.tuning import VARIANTS, TileConfig, choose_variant, tile_configs, tiles_obstacle, variant_obstacle
+from moe_ops.tuning import VARIANTS, TileConfig, choose_variant, tile_configs, tuned_tiles, variant_obstacle
+from moe_ops.tuning.obstacles import PLANE_UNIT, form_obstacle
 
 # TMA: base addresses and all strides but the innermost in units of 16 bytes.
 _TMA_ALIGNMENT = 16
 _ROW_UNIT = 16
-# Elements of a plane whose order `kernels.layout.unit_order` changes: a step has whole ones.
-_PLANE_UNIT = 32
 _FP8_CAPABILITY = (8, 9)
 _INTERPRETER_CURE = "set TRITON_INTERPRET=1 before the process starts to run Triton kernels on the CPU"
 
@@ -39,6 +41,8 @@ class Plan:
         planes: weights in one element of what is stored, as the kernels of "sorted" read it; those of a row with one
             remainder by it are together in its activations, in planes.
         workspace_bytes: device memory taken beside the result.
+        source: where the tiles come from: "heuristic", "forced", or the file that they were read from; "" on the paths
+            without tiles.
         kernels: what was compiled for it, filled by the backends as they launch; no part of the plan's value.
     """
 
@@ -52,6 +56,7 @@ class Plan:
     num_sms: int = 1
     planes: int = 1
     workspace_bytes: int = 0
+    source: str = ""
     kernels: dict = field(default_factory=dict, compare=False, repr=False)
 
     @property
@@ -71,7 +76,7 @@ class Plan:
 
     def plane_width(self, columns: int) -> int:
         """Elements from one plane of a row of so many columns to the next, as `kernels.layout.plane_stride`."""
-        return -(-columns // self.planes // _PLANE_UNIT) * _PLANE_UNIT
+        return -(-columns // self.planes // PLANE_UNIT) * PLANE_UNIT
 
 
 @dataclass(frozen=True)
@@ -122,21 +127,29 @@ def make_plan(problem: Problem, device: Device) -> Plan:
         return Plan(path, reason)
     invariant = env.batch_invariant()
     variant = choose_variant(problem, device, path, batch_invariant=invariant)
+    tuned, source = None, "heuristic"
     if forced is not None and (forced.variant or forced.up or forced.down):
         variant = forced.variant or _variant_of(forced.up or forced.down)
         obstacle = variant_obstacle(variant, problem, device, path)
         if obstacle is not None:
             raise ValueError(f"variant is {variant!r}, but {obstacle}; leave it out, or pass variant='sorted'")
-    up, down = tile_configs(problem, device, path, variant, batch_invariant=invariant)
-    if forced is not None:
-        up, down = forced.up or up, forced.down or down
-    _check_tiles(problem, variant, up, down)
+    elif not invariant:
+        tuned = tuned_tiles(problem, device, path)
+    if tuned is not None:
+        variant, up, down, source = tuned.variant, tuned.up, tuned.down, tuned.source
+    else:
+        up, down = tile_configs(problem, device, path, variant, batch_invariant=invariant)
+    if forced is not None and (forced.up or forced.down):
+        up, down, source = forced.up or up, forced.down or down, "forced"
+    obstacle = form_obstacle(problem, variant, up, down)
+    if obstacle is not None:
+        raise ValueError(obstacle)
     max_tiles = problem.num_routes
     if variant != "direct":
         max_tiles = routing.max_row_blocks(problem.num_routes, problem.num_experts, up.block_m)
     dependent_launch = device.capability is not None and device.capability >= (9, 0) and not device.interpreted
     planes = _planes(problem, variant, up, down)
-    plan = Plan(path, reason, variant, dependent_launch, up, down, max_tiles, device.num_sms, planes)
+    plan = Plan(path, reason, variant, dependent_launch, up, down, max_tiles, device.num_sms, planes, source=source)
     return replace(plan, workspace_bytes=_workspace_bytes(problem, plan))
 
 
@@ -157,28 +170,9 @@ def _planes(problem: Problem, variant: str, up: TileConfig, down: TileConfig) ->
         and all(size % planes == 0 for size in (problem.hidden_size, problem.intermediate_size))
         and all(s[2] == 1 and s[0] % 2 == s[1] % 2 == 0 for s in strides)
         and problem.w1_address % 2 == problem.w2_address % 2 == 0
-        and (variant == "direct" or min(up.block_k, down.block_k) >= _PLANE_UNIT * planes)
+        and (variant == "direct" or min(up.block_k, down.block_k) >= PLANE_UNIT * planes)
     )
     return planes if wide else scheme.planes
-
-
-def _check_tiles(problem: Problem, variant: str, up: TileConfig, down: TileConfig) -> None:
-    if up.block_m != down.block_m:
-        raise ValueError(f"up.block_m is {up.block_m} and down.block_m {down.block_m}; both must be the same")
-    unsorted = variant == "direct"
-    if (up.block_m == 1) != unsorted:
-        raise ValueError(f"block_m is {up.block_m} in variant {variant!r}; it is 1 in 'direct', and in no other")
-    if not unsorted and min(min(tile.block_m, tile.block_n, tile.block_k) for tile in (up, down)) < 16:
-        raise ValueError(f"a block of {up} or {down} is below 16, which only variant 'direct' can have")
-    least = _PLANE_UNIT * problem.scheme.planes
-    if problem.scheme.packed and not unsorted and min(up.block_k, down.block_k) < least:
-        raise ValueError(f"block_k of {up} or {down} is below {least}, {_PLANE_UNIT} bytes of packed weights")
-    blocks = problem.scheme.row_dtype is not None and problem.scheme.scale_columns > 0
-    if blocks and not unsorted and max(up.block_k, down.block_k) > GROUP:
-        raise ValueError(f"block_k of {up} or {down} is above {GROUP}, the columns that share a scale of the rows")
-    obstacle = tiles_obstacle(variant, problem, up, down)
-    if obstacle is not None:
-        raise ValueError(obstacle)
 
 
 def row_stride(columns: int) -> int:

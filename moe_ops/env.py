@@ -28,6 +28,15 @@ def batch_invariant() -> bool:
     return flag("MOE_OPS_BATCH_INVARIANT")
 
 
+def config_dir() -> str | None:
+    """`MOE_OPS_CONFIG_DIR`: a folder of tables of tuned tiles, looked into before the package's own (default: none).
+
+    Tables are read when the first call of their kind is planned, and kept: a later change of the variable or of a file
+    is seen by the next process.
+    """
+    return os.environ.get("MOE_OPS_CONFIG_DIR", "").strip() or None
+
+
 def set_log_level() -> None:
     """`MOE_OPS_LOGLEVEL`: level of the logger "moe_ops" (default: as the application's logging says).
 

@@ -1,7 +1,8 @@
 """Plans of calls seen before: checking and planning a call costs as much host time as launching its kernels.
 
 A plan depends on nothing but what is in the key (sizes, strides, dtypes, devices and alignments of the tensors, the
-options, the overrides in force), so an entry cannot become stale. Addresses are not in it.
+options, the overrides in force) and on the tables of tuned tiles, which a process reads once; so an entry cannot become
+stale. Addresses are not in it.
 """
 
 from collections.abc import Hashable

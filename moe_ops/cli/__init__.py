@@ -1,9 +1,13 @@
 """The command line: `python -m moe_ops <command>`."""
 
 import argparse
+import sys
 from collections.abc import Sequence
 
-from moe_ops.cli import bench
+from moe_ops.cli import bench, doctor, env, explain, tune
+from moe_ops.cli.options import UsageError
+
+_COMMANDS = (env, explain, doctor, tune, bench)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -15,8 +19,23 @@ class _Parser(argparse.ArgumentParser):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command; returns the exit status (2 for wrong arguments)."""
-    parser = _Parser(prog="python -m moe_ops", description="Tools of the moe_ops operator.")
+    parser = _Parser(
+        prog="python -m moe_ops",
+        description="Tools of the moe_ops operator. Each has a --help of its own.",
+        epilog="New here? `doctor` checks the installation, `explain` says how calls of a model would run.",
+    )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    bench.add_parser(commands)
+    for command in _COMMANDS:
+        command.add_parser(commands)
     options = parser.parse_args(arguments)
-    return options.run(options)
+    try:
+        return options.run(options)
+    except UsageError as error:
+        print(f"python -m moe_ops {options.command}: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"python -m moe_ops {options.command}: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # as in `... | head`
+        sys.stderr.close()
+        return 1

@@ -11,9 +11,11 @@ import torch
 
 import moe_ops
 from moe_ops.cli import plots, table
-from moe_ops.cli.calls import ROUTINGS, SHAPES, TOKENS, make_calls, parse_shape
+from moe_ops.cli.calls import ROUTINGS, SHAPES, TOKENS, make_calls
+from moe_ops.cli.export import compare, load_record, write_csv, write_markdown
 from moe_ops.cli.formats import FORMATS
 from moe_ops.cli.measure import OURS, measure, start_session
+from moe_ops.cli.options import add_shape_options, chosen_shapes, positive, token_counts
 from moe_ops.cli.peers import PEERS
 from moe_ops.cli.progress import Progress
 from moe_ops.cli.recorded import beside, check_recorded, load_peers
@@ -34,10 +36,13 @@ def add_parser(commands) -> None:
         "With --format the weights are quantised, and some tokens of each result are held against an oracle too; in a "
         "format whose GEMMs multiply fp8 or int8, a product by torch._scaled_mm in fp8 takes its turn as well, and its "
         "rate is the one in the limits.",
+        epilog="examples:\n  python -m moe_ops bench --model qwen3-30b-a3b --tokens 1,64,4096\n"
+        "  python -m moe_ops bench --model deepseek-v3 --tp 8 --format fp8_block --stages --json now.json\n"
+        "  python -m moe_ops bench --shape 8,2,4096,14336 --compare before.json --markdown table.md --plot plots",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    shapes = f"one of {', '.join(SHAPES)}, or E,TOPK,H,I; repeatable (default: all named)"
-    parser.add_argument("--shape", action="append", type=_shape, metavar="SHAPE", help=shapes)
-    parser.add_argument("--tokens", type=_tokens, default=TOKENS, help="token counts, comma-separated")
+    add_shape_options(parser, "default, without --model: all named")
+    parser.add_argument("--tokens", type=token_counts, default=TOKENS, help="token counts, comma-separated")
     parser.add_argument(
         "--routing", action="append", choices=ROUTINGS, help="how tokens choose experts; repeatable (default: uniform)"
     )
@@ -49,34 +54,14 @@ def add_parser(commands) -> None:
     parser.add_argument("--dtype", choices=("bfloat16", "float16"), default="bfloat16")
     formats = f"of the weights: none, {', '.join(FORMATS)} (default: none); not for peers in the same rounds"
     parser.add_argument("--format", choices=("none", *FORMATS), default="none", metavar="NAME", help=formats)
-    parser.add_argument("--rounds", type=_rounds, default=15, help="samples per cell and variant")
+    parser.add_argument("--rounds", type=positive, default=15, help="samples per cell and variant")
     parser.add_argument("--eager", action="store_true", help="time eager calls instead of CUDA graphs")
     parser.add_argument("--json", metavar="FILE", help="write everything measured to FILE, after every cell")
+    parser.add_argument("--csv", metavar="FILE", help="write a line for each cell and variant to FILE, at the end")
+    parser.add_argument("--markdown", metavar="FILE", help="write a Markdown table to FILE, at the end")
+    parser.add_argument("--compare", metavar="FILE", help="compare with the --json FILE of another run, at the end")
     parser.add_argument("--plot", metavar="DIR", help="write plots to DIR (needs matplotlib)")
     parser.set_defaults(run=run)
-
-
-def _shape(text: str) -> tuple[str, tuple[int, int, int, int]]:
-    try:
-        return parse_shape(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
-
-
-def _tokens(text: str) -> tuple[int, ...]:
-    try:
-        counts = tuple(int(part) for part in text.split(","))
-    except ValueError:
-        counts = ()
-    if not counts or min(counts) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a comma-separated list of numbers above 0")
-    return counts
-
-
-def _rounds(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
-    return int(text)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -85,13 +70,14 @@ def run(options: argparse.Namespace) -> int:
     try:
         variants, unavailable = choose_variants(options)
         peers = check_options(options, variants)
+        shapes = chosen_shapes(options) or SHAPES
+        before = load_record(options.compare) if options.compare else None
     except ValueError as error:
         print(f"python -m moe_ops bench: error: {error}", file=sys.stderr)
         return 2
     if not torch.cuda.is_available():
         print("python -m moe_ops bench: error: it needs a CUDA device, and torch sees none", file=sys.stderr)
         return 2
-    shapes = dict(options.shape or SHAPES)
     routings = list(dict.fromkeys(options.routing or ["uniform"]))
     record = _head(options, variants, unavailable)
     with Progress(len(shapes) * len(routings) * len(options.tokens)) as progress:
@@ -118,6 +104,12 @@ def run(options: argparse.Namespace) -> int:
     print(table.differences(record["cells"]))
     if form is not None:
         print(table.oracle(record["cells"]))
+    if before is not None:
+        print(compare(before, record))
+    if options.csv:
+        write_csv(record, options.csv)
+    if options.markdown:
+        write_markdown(record, options.markdown)
     if options.plot:
         for file in plots.plot(record, options.plot):
             print(file)
@@ -154,8 +146,10 @@ def check_options(options: argparse.Namespace, variants: list[str]) -> dict | No
         raise ValueError(f"{name} is about CUDA graphs; leave out --eager")
     if options.stages and not set(OURS) & set(variants):
         raise ValueError(f"--stages times paths of ours; add --variant {OURS[0]}")
-    if options.json and (Path(options.json).is_dir() or not Path(options.json).absolute().parent.is_dir()):
-        raise ValueError(f"--json {options.json} cannot be written: it is a folder, or in one that is not there")
+    for name in ("json", "csv", "markdown"):
+        file = getattr(options, name)
+        if file and (Path(file).is_dir() or not Path(file).absolute().parent.is_dir()):
+            raise ValueError(f"--{name} {file} cannot be written: it is a folder, or in one that is not there")
     if options.plot:
         if not plots.available():
             raise ValueError(plots.MISSING)

@@ -56,20 +56,37 @@ def make_calls(
     form: Format | None = None,
 ) -> Iterator[tuple[str, Arguments]]:
     """(routing, call) for every routing and token count of a shape, all over one set of weights, quantised or not."""
+    weights = make_weights(sizes, dtype, device, form)
+    for routing in routings:
+        for count in tokens:
+            yield routing, make_call(sizes, weights, count, routing, dtype, device)
+
+
+def make_weights(sizes: Sizes, dtype: torch.dtype, device: str, form: Format | None = None) -> dict[str, object]:
+    """Weights of a shape, and whatever else their format needs, by argument name."""
     from moe_ops.testing import random_inputs
 
     experts, top_k, hidden, intermediate = sizes
-    common = {"hidden": hidden, "experts": experts, "top_k": top_k, "dtype": dtype, "device": device}
-    if form is None:
-        drawn = random_inputs(num_tokens=1, intermediate=intermediate, **common)
-        weights = {"w1": drawn.w1, "w2": drawn.w2}
-    else:
-        weights = quantized_weights(form, experts, hidden, intermediate, dtype, device)
-    for routing in routings:
-        for count in tokens:
-            args = random_inputs(num_tokens=count, intermediate=8, **common)  # its weights are thrown away
-            ids = draw_ids(routing, count, experts, top_k).int().to(device)
-            yield routing, replace(args, topk_ids=ids, **weights)
+    if form is not None:
+        return quantized_weights(form, experts, hidden, intermediate, dtype, device)
+    drawn = random_inputs(
+        num_tokens=1, hidden=hidden, intermediate=intermediate, experts=experts, top_k=top_k, dtype=dtype,
+        device=device,
+    )  # fmt: skip
+    return {"w1": drawn.w1, "w2": drawn.w2}
+
+
+def make_call(
+    sizes: Sizes, weights: dict[str, object], tokens: int, routing: str, dtype: torch.dtype, device: str
+) -> Arguments:
+    """A call of so many tokens over weights of `make_weights`."""
+    from moe_ops.testing import random_inputs
+
+    experts, top_k, hidden, _ = sizes
+    args = random_inputs(
+        num_tokens=tokens, hidden=hidden, intermediate=8, experts=experts, top_k=top_k, dtype=dtype, device=device
+    )  # its weights are thrown away
+    return replace(args, topk_ids=draw_ids(routing, tokens, experts, top_k).int().to(device), **weights)
 
 
 def draw_ids(routing: str, tokens: int, experts: int, top_k: int) -> Tensor:

@@ -108,8 +108,16 @@ class Captured:
         return self.result
 
 
-def capture(call: Call) -> Captured:
+def capture(call: Call, pool: tuple[int, int] | None = None) -> Captured:
     """Warms a call up and captures it in a CUDA graph.
+
+    Args:
+        call: what to capture.
+        pool: of `torch.cuda.graph_pool_handle`, for graphs that need not keep what they wrote: those that share one
+            share its memory. None: memory of its own.
+
+    Returns:
+        Its replay.
 
     Raises:
         RuntimeError: the call makes the host wait for the device.
@@ -120,7 +128,7 @@ def capture(call: Call) -> Captured:
         with _no_waiting():
             call()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, pool=pool):
         result = call()
     return Captured(graph, result, keep=call)
 

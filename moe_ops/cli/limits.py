@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from moe_ops.arguments import Arguments
+from moe_ops.problem import Problem
 from moe_ops.quantization.scheme import GROUP, make_scheme
 
 
@@ -156,3 +157,34 @@ def stage_report(work: Work, rates: Rates, milliseconds: dict[str, float], whole
         least = milliseconds["up"] + milliseconds["down"] + sum(streams.values()) / rates.gigabytes / 1e6
         report["op_over_stages"] = whole_ms / least
     return report
+
+
+def expected_work(problem: Problem) -> Work:
+    """The least work of a call whose tokens choose experts evenly: as many experts as can be expected, equal shares."""
+    experts, routes, itemsize = problem.num_experts, problem.num_routes, problem.dtype.itemsize
+    top_k, scheme = min(problem.top_k, experts), problem.scheme
+    met = round(experts * (1 - (1 - top_k / experts) ** problem.num_tokens))
+    met = max(1, min(met, routes)) if routes else 0
+    hidden, intermediate = problem.hidden_size, problem.intermediate_size
+
+    def expert_bytes(rows: int, columns: int) -> int:
+        weights = rows * columns * problem.weight_dtype.itemsize // scheme.planes
+        if not scheme.quantized:
+            return weights
+        groups = (-(-rows // scheme.scale_rows) if scheme.scale_rows else 1) * (
+            -(-columns // scheme.scale_columns) if scheme.scale_columns else 1
+        )
+        return weights + groups * (1 if scheme.name == "mxfp4_w4a16" else 4)
+
+    return Work(
+        counts=tuple(routes // met + (1 if number < routes % met else 0) for number in range(met)),
+        up_flops=2 * problem.w1_rows * hidden,
+        down_flops=2 * hidden * intermediate,
+        up_weight_bytes=met * expert_bytes(problem.w1_rows, hidden),
+        down_weight_bytes=met * expert_bytes(hidden, intermediate),
+        token_bytes=problem.num_tokens * hidden * itemsize,
+        act_bytes=routes * intermediate * itemsize,
+        rows_bytes=routes * hidden * itemsize,
+        quantized_token_bytes=_quantized_bytes(problem.num_tokens, hidden, scheme.inputs),
+        quantized_act_bytes=_quantized_bytes(routes, intermediate, scheme.act),
+    )

@@ -6,15 +6,15 @@ import sys
 class Progress:
     """A bar on stderr through tqdm, if that is installed and stderr is a terminal; otherwise only the lines."""
 
-    def __init__(self, total: int) -> None:
-        """Shows an empty bar of `total` cells."""
+    def __init__(self, total: int, unit: str = "cell") -> None:
+        """Shows an empty bar of `total` units."""
         self._bar = None
         if sys.stderr.isatty():
             try:
                 from tqdm import tqdm
             except ImportError:
                 return
-            self._bar = tqdm(total=total, unit="cell", leave=False)
+            self._bar = tqdm(total=total, unit=unit, leave=False)
 
     def __enter__(self) -> "Progress":
         return self
@@ -36,6 +36,17 @@ class Progress:
             self._bar.set_postfix_str(what)
 
     def advance(self) -> None:
-        """Counts a cell as done."""
+        """Counts a unit as done."""
         if self._bar is not None:
             self._bar.update()
+
+    def extend(self, more: int) -> None:
+        """Adds units to the total."""
+        if self._bar is not None:
+            self._bar.total += more
+            self._bar.refresh()
+
+    def clear(self) -> None:
+        """Takes the bar away until it changes again, for output that is printed without it."""
+        if self._bar is not None:
+            self._bar.clear()

@@ -2,6 +2,15 @@
 
 from moe_ops.tuning.config import TileConfig
 from moe_ops.tuning.heuristics import tile_configs
+from moe_ops.tuning.lookup import tuned_tiles
 from moe_ops.tuning.variants import VARIANTS, choose_variant, tiles_obstacle, variant_obstacle
 
-__all__ = ["VARIANTS", "TileConfig", "choose_variant", "tile_configs", "tiles_obstacle", "variant_obstacle"]
+__all__ = [
+    "VARIANTS",
+    "TileConfig",
+    "choose_variant",
+    "tile_configs",
+    "tiles_obstacle",
+    "tuned_tiles",
+    "variant_obstacle",
+]

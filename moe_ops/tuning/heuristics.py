@@ -10,7 +10,7 @@ from moe_ops.tuning.config import TileConfig
 from moe_ops.tuning.variants import blockscaled_tiles, expected_rows, pingpong_tiles
 
 # Triton's barriers and scratch beside the pipeline's stages.
-_SHARED_MEMORY_RESERVE = 2048
+SHARED_MEMORY_RESERVE = 2048
 
 # Below this (sm_120 has 99 KiB) the large TMA tiles would be left with two stages, and spill.
 _LARGE_SHARED_MEMORY = 160 * 1024
@@ -50,7 +50,7 @@ def tile_configs(
     if variant == "direct":
         return _gemv(problem)
     rows_per_expert = 64.0 if batch_invariant else expected_rows(problem)
-    itemsize = problem.dtype.itemsize if problem.scheme.row_dtype is None else problem.scheme.row_dtype.itemsize
+    itemsize = rows_itemsize(problem)
     if itemsize == 4:
         up, down = _fp32(rows_per_expert)
     elif problem.scheme.weights_only and device.capability is not None and device.capability[0] == 9:
@@ -69,7 +69,16 @@ def tile_configs(
         up, down = (replace(t, block_k=128, block_n=min(t.block_n, most // t.block_m)) for t in (up, down))
         if up.swap_ab and rows_per_expert <= 8 and problem.scheme.row_dtype is not None:
             up, down = _few_quantized_rows(rows_per_expert, problem, up, down)
-    return fit(up, device, itemsize, gated=problem.activation.gated), fit(down, device, itemsize, gated=False)
+    shortest = 32 * problem.scheme.planes
+    return (
+        fit(up, device, itemsize, gated=problem.activation.gated, shortest=shortest),
+        fit(down, device, itemsize, gated=False, shortest=shortest),
+    )
+
+
+def rows_itemsize(problem: Problem) -> int:
+    """Bytes of an element of the rows that are multiplied."""
+    return problem.dtype.itemsize if problem.scheme.row_dtype is None else problem.scheme.row_dtype.itemsize
 
 
 def _pingpong(problem: Problem, device: Device) -> tuple[TileConfig, TileConfig]:
@@ -186,13 +195,16 @@ def _fp32(rows: float) -> tuple[TileConfig, TileConfig]:
     return TileConfig(block_m, 32, 32, 8, 4, 3), TileConfig(block_m, 64, 32, 8, 4, 3)
 
 
-def fit(config: TileConfig, device: Device, itemsize: int, *, gated: bool) -> TileConfig:
-    """Shrinks a tile until the device's shared memory holds it: first its stages, then its steps and columns."""
-    limit = device.shared_memory - _SHARED_MEMORY_RESERVE
+def fit(config: TileConfig, device: Device, itemsize: int, *, gated: bool, shortest: int = 32) -> TileConfig:
+    """Shrinks a tile until the device's shared memory holds it: first its stages, then its steps and columns.
+
+    A step has at least `shortest` elements: 32 bytes of packed weights are 64.
+    """
+    limit = device.shared_memory - SHARED_MEMORY_RESERVE
     while config.shared_memory(itemsize, gated=gated) > limit:
         if config.num_stages > 2:
             config = replace(config, num_stages=config.num_stages - 1)
-        elif config.block_k > 32:
+        elif config.block_k > shortest:
             config = replace(config, block_k=config.block_k // 2)
         elif config.block_n > 32:
             config = replace(config, block_n=config.block_n // 2)

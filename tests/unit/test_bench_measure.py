@@ -43,8 +43,8 @@ class FakeCuda:
                 outer.log.append("replay")
 
         @contextlib.contextmanager
-        def graph(graph):
-            outer.log.append("begin")
+        def graph(graph, pool=None):
+            outer.log.append("begin" if pool is None else f"begin in {pool}")
             yield
             outer.log.append("end")
 
@@ -71,6 +71,8 @@ def test_capture_warms_up_and_returns_the_result(monkeypatch):
     captured = harness.capture(call)
     assert cuda.log == ["call 0", "call error", "begin", "call 0", "end"]
     assert captured() == "result" and cuda.log[-1] == "replay"
+    harness.capture(call, pool=(0, 7))
+    assert "begin in (0, 7)" in cuda.log
 
 
 def test_a_capture_keeps_the_operands(monkeypatch):
