@@ -192,3 +192,59 @@ def route(topk_ids: Tensor, num_experts: int, block: int, expert_map: Tensor | N
         ([1, 4, 0, 2, 4, 4], [2, 0, 3, -1], [4])
     """
     return Routing(*torch.ops.moe_ops.route(topk_ids, num_experts, block, expert_map))
+
+
+def topk_route(
+    logits: Tensor,
+    top_k: int,
+    correction_bias: Tensor | None = None,
+    *,
+    scoring: str = "softmax",
+    renormalize: bool = False,
+    num_groups: int = 1,
+    topk_groups: int = 1,
+    group_score: str = "max",
+    routed_scaling_factor: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """Routes tokens: the experts of each, and their weights, from a router's logits.
+
+        scores = softmax(logits), sigmoid(logits) or sqrt(softplus(logits)), in fp32
+        choice = scores + correction_bias                  only chooses
+        ids[m] = the top_k largest choice[m] in the topk_groups best groups, the largest first
+        weights[m] = scores[m, ids[m]] * routed_scaling_factor, divided by their sum before if renormalize
+
+    With scoring "topk_softmax" choice is logits + correction_bias, and weights are the softmax of the chosen logits.
+    The experts of a group are consecutive; a group is as good as its best choice, or as the sum of its two best. Of
+    equal choices the lower expert, or group, comes first; NaN ranks with -inf, so that ids are always experts, and
+    different ones. A weight that is NaN stays so.
+
+    Args:
+        logits: [M, E], fp32, bf16 or fp16, any strides; E at most 4096.
+        top_k: experts of a token, 1 to those of topk_groups groups.
+        correction_bias: [E] fp32, bf16 or fp16, or None.
+        scoring: "softmax" (Mixtral, Qwen3 and OLMoE with renormalize or without), "topk_softmax" (gpt-oss), "sigmoid"
+            (DeepSeek-V3, with a bias, renormalize, groups and "top2") or "sqrtsoftplus".
+        renormalize: whether the weights of a token sum to 1 before the factor; with "topk_softmax" they do anyway.
+        num_groups: a divisor of E.
+        topk_groups: groups that experts are taken from, 1 to num_groups.
+        group_score: "max" or "top2".
+        routed_scaling_factor: multiplies the weights; then leave that of `fused_moe` out.
+
+    Returns:
+        weights [M, top_k] fp32 and ids [M, top_k] int32, as `fused_moe` takes them.
+
+    Raises:
+        ValueError: a shape, size, name or device is wrong.
+        TypeError: a dtype is wrong.
+        NotImplementedError: a backward runs; there is none.
+
+    Example:
+        >>> import torch, moe_ops
+        >>> weights, ids = moe_ops.topk_route(torch.tensor([[1.0, 3.0, 2.0, 3.0]]), top_k=2, renormalize=True)
+        >>> weights.tolist(), ids.tolist()
+        ([[0.5, 0.5]], [[1, 3]])
+    """
+    return torch.ops.moe_ops.topk_route(
+        logits, top_k, correction_bias, scoring=scoring, renormalize=renormalize, num_groups=num_groups,
+        topk_groups=topk_groups, group_score=group_score, routed_scaling_factor=routed_scaling_factor,
+    )  # fmt: skip

@@ -12,8 +12,9 @@ from torch import Tensor
 from moe_ops.dispatch import Plan
 from moe_ops.plans import plan
 from moe_ops.problem import Arguments, Problem, check_out, check_route, make_problem
+from moe_ops.router import empty_choice, make_router, topk_route_in_torch
 from moe_ops.routing import Routing, empty_routing
-from moe_ops.schema import FUSED_MOE, FUSED_MOE_, NAMESPACE, NO_BACKWARD, ROUTE
+from moe_ops.schema import FUSED_MOE, FUSED_MOE_, NAMESPACE, NO_BACKWARD, ROUTE, TOPK_ROUTE
 
 # Kept alive here: the ops vanish with the object.
 _library = torch.library.Library(NAMESPACE, "FRAGMENT")
@@ -43,7 +44,7 @@ def _implement(name: str, function: Callable, key: str) -> bool:
     return True
 
 
-for _schema in (FUSED_MOE, FUSED_MOE_, ROUTE, NO_BACKWARD):
+for _schema in (FUSED_MOE, FUSED_MOE_, ROUTE, TOPK_ROUTE, NO_BACKWARD):
     _define(_schema)
 
 
@@ -114,6 +115,31 @@ def _route_cpu(topk_ids: Tensor, num_experts: int, block: int, expert_map: Tenso
     from moe_ops.backends.cpu import sort_routes
 
     return tuple(sort_routes(topk_ids, num_experts, block, expert_map))
+
+
+def _topk_route_fake(logits: Tensor, top_k: int, correction_bias: Tensor | None = None, **options):
+    return empty_choice(logits, make_router(logits, top_k, correction_bias, **options))
+
+
+def _topk_route_cuda(logits: Tensor, top_k: int, correction_bias: Tensor | None = None, **options):
+    router = make_router(logits, top_k, correction_bias, **options)
+    from moe_ops.backends.topk import topk_route
+
+    return topk_route(logits, correction_bias, router)
+
+
+def _topk_route_cpu(logits: Tensor, top_k: int, correction_bias: Tensor | None = None, **options):
+    return topk_route_in_torch(logits, correction_bias, make_router(logits, top_k, correction_bias, **options))
+
+
+_ROUTER_HAS_NO_BACKWARD = (
+    "moe_ops.topk_route has no backward: it is for inference. Call it under torch.no_grad() or torch.inference_mode(); "
+    "to train a router, compute its weights with torch's own operators"
+)
+
+
+def _no_router_backward(ctx, *grads: Tensor) -> None:
+    raise NotImplementedError(_ROUTER_HAS_NO_BACKWARD)
 
 
 _HAS_NO_BACKWARD = (
@@ -199,11 +225,15 @@ for _key in ("CPU", "CUDA"):
 _library.impl("fused_moe_tma", _fused_moe_autograd, "Autograd")
 _implement("route", _route_cpu, "CPU")
 _implement("route", _route_cuda, "CUDA")
+_implement("topk_route", _topk_route_cpu, "CPU")
+_implement("topk_route", _topk_route_cuda, "CUDA")
 _implement("_no_backward", _no_backward, "CompositeExplicitAutograd")
 
 torch.library.register_fake(f"{NAMESPACE}::fused_moe_tma", _fused_moe_fake, lib=_library)
 torch.library.register_fake(f"{NAMESPACE}::fused_moe_tma_", _fused_moe_fake_, lib=_library)
 torch.library.register_fake(f"{NAMESPACE}::route", _route_fake, lib=_library)
+torch.library.register_fake(f"{NAMESPACE}::topk_route", _topk_route_fake, lib=_library)
+torch.library.register_autograd(f"{NAMESPACE}::topk_route", _no_router_backward, lib=_library)
 torch.library.register_fake(
     f"{NAMESPACE}::_no_backward", lambda grad, size, dtype: grad.new_empty(size, dtype=dtype), lib=_library
 )

@@ -28,5 +28,11 @@ ROUTE = (
     "route(Tensor topk_ids, int num_experts, int block, Tensor? expert_map=None) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 
+TOPK_ROUTE = (
+    "topk_route(Tensor logits, int top_k, Tensor? correction_bias=None, *, "
+    'str scoring="softmax", bool renormalize=False, int num_groups=1, int topk_groups=1, str group_score="max", '
+    "float routed_scaling_factor=1.0) -> (Tensor, Tensor)"
+)
+
 # Stands where a gradient of `fused_moe_tma` would be computed: traces like any op, raises when it runs.
 NO_BACKWARD = "_no_backward(Tensor grad, SymInt[] size, ScalarType dtype) -> Tensor"

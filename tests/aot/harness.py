@@ -101,9 +101,9 @@ def compiling(arch: int) -> Iterator[list]:
 
 
 def _forget_kernels() -> None:
-    from moe_ops.kernels import blockscaled, combine, gemv, grouped_gemm, pingpong, planes, quantize, route
+    from moe_ops.kernels import blockscaled, combine, gemv, grouped_gemm, pingpong, planes, quantize, route, topk
 
-    for module in (blockscaled, combine, gemv, grouped_gemm, pingpong, planes, quantize, route):
+    for module in (blockscaled, combine, gemv, grouped_gemm, pingpong, planes, quantize, route, topk):
         for value in vars(module).values():
             if isinstance(value, JITFunction):
                 value.device_caches.clear()

@@ -15,6 +15,7 @@ from moe_ops.arguments import Arguments
 FUSED_MOE = torch.ops.moe_ops.fused_moe_tma.default
 FUSED_MOE_ = torch.ops.moe_ops.fused_moe_tma_.default
 ROUTE = torch.ops.moe_ops.route.default
+TOPK_ROUTE = torch.ops.moe_ops.topk_route.default
 
 ARGUMENTS = (
     "Tensor hidden_states, Tensor w1, Tensor w2, Tensor topk_weights, Tensor topk_ids, Tensor? w1_bias=None, "
@@ -42,7 +43,15 @@ def test_route():
     )
 
 
-@pytest.mark.parametrize("op", [FUSED_MOE, FUSED_MOE_, ROUTE], ids=str)
+def test_topk_route():
+    assert str(TOPK_ROUTE._schema) == (
+        "moe_ops::topk_route(Tensor logits, int top_k, Tensor? correction_bias=None, *, "
+        'str scoring="softmax", bool renormalize=False, int num_groups=1, int topk_groups=1, str group_score="max", '
+        "float routed_scaling_factor=1.) -> (Tensor, Tensor)"
+    )
+
+
+@pytest.mark.parametrize("op", [FUSED_MOE, FUSED_MOE_, ROUTE, TOPK_ROUTE], ids=str)
 def test_tags(op):
     assert torch.Tag.pt2_compliant_tag in op.tags
     # Any of these would change how compiled programs lay out, split or order the op.
@@ -51,7 +60,7 @@ def test_tags(op):
 
 
 def test_no_other_overloads():
-    for name in ("fused_moe_tma", "fused_moe_tma_", "route"):
+    for name in ("fused_moe_tma", "fused_moe_tma_", "route", "topk_route"):
         assert getattr(torch.ops.moe_ops, name).overloads() == ["default"]
 
 
@@ -82,6 +91,7 @@ def test_arguments_are_the_schemas():
 def test_api_signatures_are_the_schemas():
     assert function_arguments(moe_ops.fused_moe) == schema_arguments(FUSED_MOE)
     assert function_arguments(moe_ops.route) == schema_arguments(ROUTE)
+    assert function_arguments(moe_ops.topk_route) == schema_arguments(TOPK_ROUTE)
 
 
 def test_the_out_variant_differs_by_its_buffer_alone():

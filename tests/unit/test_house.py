@@ -21,7 +21,7 @@ MAX_LINES = 400
 # From the bottom up: a module imports from its own layer and from those below, and from nothing else of the package.
 LAYERS = (
     {"schema", "env", "devices", "activations", "arguments", "checks", "memory", "routing"},
-    {"problem", "quantization"},
+    {"problem", "quantization", "router"},
     {"reference"},
     {"tuning"},
     {"dispatch"},
