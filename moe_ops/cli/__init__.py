@@ -3,7 +3,7 @@
 import argparse
 from collections.abc import Sequence
 
-from moe_ops.cli import bench
+from moe_ops.cli import aot, bench
 
 
 class _Parser(argparse.ArgumentParser):
@@ -17,6 +17,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command; returns the exit status (2 for wrong arguments)."""
     parser = _Parser(prog="python -m moe_ops", description="Tools of the moe_ops operator.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    aot.add_parser(commands)
     bench.add_parser(commands)
     options = parser.parse_args(arguments)
     return options.run(options)
