@@ -4,9 +4,11 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <array>
 #include <cstdint>
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 namespace moe_ops {
@@ -73,9 +75,16 @@ struct Problem {
   }
 };
 
+constexpr size_t kNumTensors = 14;
+
+// The tensor arguments by name, in the schema's order; nullptr for those that were not given.
+std::array<std::pair<const char*, const Tensor*>, kNumTensors> given_tensors(const Arguments& args);
+
 // Each throws std::runtime_error, which says what is wrong, what was expected and the way out.
 Problem make_problem(const Arguments& args);
-void check_out(const Tensor& out, const Arguments& args, const Problem& problem);
+void check_defined(const Arguments& args);
+void require_device_of(const Tensor& hidden_states, const char* name, const Tensor& tensor);
+void check_out(const Tensor& out, const Arguments& args, const std::vector<int64_t>& shape, ScalarType dtype);
 void check_route(const Tensor& topk_ids, int64_t num_experts, int64_t block, const std::optional<Tensor>& expert_map);
 
 }  // namespace moe_ops
