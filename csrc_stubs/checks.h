@@ -46,6 +46,24 @@ struct Arguments {
   std::optional<ScalarType> out_dtype;
 };
 
+// The arguments of `fused_moe_tma`, once as parameters and once as what makes an `Arguments`.
+#define MOE_OPS_PARAMETERS                                                                                           \
+  const Tensor& hidden_states, const Tensor& w1, const Tensor& w2, const Tensor& topk_weights,                       \
+      const Tensor& topk_ids, const std::optional<Tensor>& w1_bias, const std::optional<Tensor>& w2_bias,            \
+      const std::optional<Tensor>& w1_scale, const std::optional<Tensor>& w2_scale,                                  \
+      const std::optional<Tensor>& w1_zero_point, const std::optional<Tensor>& w2_zero_point,                        \
+      const std::optional<Tensor>& a1_scale, const std::optional<Tensor>& a2_scale,                                  \
+      const std::optional<Tensor>& expert_map, std::string activation, std::optional<double> activation_alpha,       \
+      std::optional<double> activation_limit, std::string gate_up_layout, std::string quantization,                  \
+      std::optional<std::vector<int64_t>> block_shape, bool apply_router_weight_on_input,                            \
+      double routed_scaling_factor, bool reduce_topk, bool deterministic, std::string path,                          \
+      std::optional<ScalarType> out_dtype
+#define MOE_OPS_ARGUMENTS                                                                                            \
+  {hidden_states, w1, w2, topk_weights, topk_ids, w1_bias, w2_bias, w1_scale, w2_scale, w1_zero_point,               \
+   w2_zero_point, a1_scale, a2_scale, expert_map, activation, activation_alpha, activation_limit, gate_up_layout,    \
+   quantization, block_shape, apply_router_weight_on_input, routed_scaling_factor, reduce_topk, deterministic,       \
+   path, out_dtype}
+
 // The pointwise function of an activation, before gate and up are multiplied.
 enum class Nonlinearity { kSilu, kGelu, kGeluTanh, kSwigluoai, kRelu2 };
 

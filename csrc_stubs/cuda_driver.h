@@ -12,7 +12,7 @@ using Module = struct CUmod_st*;
 using Context = struct CUctx_st*;
 using Stream = struct CUstream_st*;
 
-struct alignas(64) TensorMap {
+struct alignas(128) TensorMap {
   uint64_t opaque[16];
 };
 

@@ -81,7 +81,7 @@ struct Table {
 using Tables = std::map<std::string, Table>;
 Tables read_tables(const std::string& folder);
 
-// The call without its number of tokens: moe_ops.aot.table.call_text.
+// The call without its number of tokens: moe_ops.aot.calls.call_text.
 std::string call_text(const Arguments& args);
 
 // Throws std::runtime_error, which names the call and the command that compiles it, where the tables have it not.

@@ -1,7 +1,7 @@
 """Recorded launches -> machine code, on a machine without a GPU, and what a launcher has to know beside it.
 
-Triton compiles what it would compile for the same call (`JITFunction.warmup`); only numbers that depend on the number of
-tokens are not specialised on, since one kernel has to serve them all.
+Triton compiles what it would compile for the same call (`JITFunction.warmup`); only numbers that depend on the number
+of tokens are not specialised on, since one kernel has to serve them all.
 """
 
 import struct

@@ -1,4 +1,4 @@
-"""What a call launches, written down instead of launched: operands without memory, and launches with their arguments."""
+"""What a call launches, written down instead of launched: operands without memory, launches with their arguments."""
 
 import math
 from collections.abc import Callable
@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from moe_ops.aot.calls import symbolic_shape
 from moe_ops.aot.counts import Count, Trace
 from moe_ops.arguments import TENSOR_ARGUMENTS, Arguments
 from moe_ops.backends import tma
@@ -16,9 +17,6 @@ from moe_ops.dispatch import Plan, make_plan
 from moe_ops.problem import Problem, make_problem
 
 Size = int | Count
-
-# Arguments whose first size is the number of tokens; a1_scale's only where it has a scale a row.
-PER_TOKEN = ("hidden_states", "topk_weights", "topk_ids", "a1_scale")
 
 
 @dataclass(frozen=True)
@@ -187,11 +185,6 @@ def record(args: Arguments, device: Device) -> RecordedCall:
     symbolic = replace(args, **{name: operands.get(name) for name in TENSOR_ARGUMENTS})
     tma.run(symbolic, problem, replace(plan, kernels=recording), out)
     return RecordedCall(problem, plan, out, recording, trace)
-
-
-def symbolic_shape(name: str, shape: tuple[int, ...], tokens: object) -> tuple:
-    """A shape with the number of tokens replaced."""
-    return (tokens, *shape[1:]) if name in PER_TOKEN and len(shape) == 2 else shape
 
 
 def contiguous_strides(shape: tuple[Size, ...]) -> tuple[Size, ...]:

@@ -6,8 +6,8 @@ import time
 from pathlib import Path
 
 import torch
-import triton
 
+from moe_ops.aot.calls import call_text
 from moe_ops.arguments import Arguments
 from moe_ops.cli.calls import SHAPES, parse_shape
 from moe_ops.devices import Device
@@ -44,7 +44,10 @@ def add_parser(commands) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Runs the command; returns the exit status."""
-    from moe_ops.aot.table import call_text, write_table
+    # Triton may be absent, and the other commands do not need it.
+    import triton
+
+    from moe_ops.aot.table import write_table
 
     name, shared_memory = _ARCHITECTURES[options.arch]
     capability = divmod(options.arch, 10)

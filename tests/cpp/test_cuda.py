@@ -1,0 +1,232 @@
+"""The C++ CUDA kernel without a GPU: what it would launch is what Python launches for the same call, every argument.
+
+The library's `moe_ops_launches` says what it would launch for a table and a number of tokens. Beside it the backends
+run on tensors of that very number of tokens, and what they launch is written down: no symbol and no formula takes part.
+"""
+
+import ctypes
+import dataclasses
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+import triton
+
+from moe_ops.aot.calls import call_text, parse_call
+from moe_ops.aot.compiler import compile_launch
+from moe_ops.aot.recording import Launch, Operand
+from moe_ops.aot.table import argument_lines, digest, write_table
+from moe_ops.backends import tma
+from moe_ops.backends.launch import Recorder
+from moe_ops.cli import main
+from moe_ops.dispatch import make_plan
+from moe_ops.problem import make_problem
+from moe_ops.testing import random_inputs
+from scripts import build_cpp
+from tests.aot.harness import DEVICES, make_call
+
+pytestmark = pytest.mark.xdist_group("cpp")
+
+HERE = Path(__file__).parent
+DEVICE = DEVICES[90]
+SMALL = {"hidden": 256, "intermediate": 128, "experts": 8, "top_k": 2}
+# Numbers of tokens that no range begins with alone, and among them every variant and both sorts.
+TOKENS = (1, 2, 3, 15, 64, 100, 129, 257, 700, 1025, 1100)
+CALLS = {
+    "plain": SMALL,
+    "half": {**SMALL, "dtype": torch.float16, "activation": "gelu_tanh", "reduce_topk": False},
+    "gpt_oss": {
+        "hidden": 360, "intermediate": 72, "experts": 4, "top_k": 3, "bias": True, "activation": "swigluoai",
+        "gate_up_layout": "interleaved", "activation_alpha": 1.1, "activation_limit": 6.5,
+        "apply_router_weight_on_input": True, "routed_scaling_factor": 2.5, "out_dtype": torch.float32,
+    },
+    "no_gate": {**SMALL, "activation": "relu2_no_gate", "expert_map": torch.zeros(20, dtype=torch.int32)},
+    "fp8_block": {**SMALL, "fp8": "block"},
+    "fp8_channel": {**SMALL, "fp8": "channel"},
+    "fp8_static": {**SMALL, "fp8": "tensor", "act_scales": 8},
+}  # fmt: skip
+
+
+class Concrete(Recorder):
+    """The launches of a call, with tensors and numbers."""
+
+    def __init__(self):
+        self.launches = []
+
+    def record(self, kernel, grid, args, options):
+        self.launches.append(Launch(kernel, grid, args, options))
+
+
+class Places:
+    """Names of memory: of arguments and the result by their address, of workspaces in the order they are met."""
+
+    def __init__(self, **tensors):
+        self.names = {tensor.untyped_storage().data_ptr(): name for name, tensor in tensors.items()}
+        self.buffers = {}
+
+    def operand(self, tensor):
+        storage = tensor.untyped_storage()
+        name = self.names.get(storage.data_ptr())
+        if name is None:
+            name = self.names[storage.data_ptr()] = f"buffer{len(self.buffers)}"
+            self.buffers[name] = storage.nbytes()
+        offset = (tensor.data_ptr() - storage.data_ptr()) // tensor.element_size()
+        return Operand(name, tuple(tensor.shape), tensor.stride(), tensor.dtype, None, offset)
+
+    def symbolic(self, value):
+        if isinstance(value, torch.Tensor):
+            return self.operand(value)
+        if hasattr(value, "block_shape"):
+            return dataclasses.replace(value, base=self.operand(value.base))
+        return value
+
+
+def python_launches(args) -> tuple[list[list[str]], list[int]]:
+    """What Python launches, as lines of `moe_ops_launches`, and the sizes of the workspaces that launches get."""
+    problem, recorder = make_problem(args), Concrete()
+    plan = dataclasses.replace(make_plan(problem, DEVICE), kernels=recorder)
+    out = args.hidden_states.new_empty(problem.out_shape, dtype=problem.out_dtype)
+    tma.run(args, problem, plan, out)
+    places, launches = Places(**args.tensors(), out=out), []
+    for launch in recorder.launches:
+        launch = dataclasses.replace(launch, args=tuple(map(places.symbolic, launch.args)))
+        kernel = compile_launch(launch, 90)
+        facts = kernel.name, 32 * kernel.num_warps, kernel.shared, int(kernel.dependent), launch.grid
+        launches.append([f"launch {digest(kernel.cubin)}.cubin {' '.join(map(str, facts))}"])
+        launches[-1] += argument_lines(launch, kernel)
+    return launches, list(places.buffers.values())
+
+
+def cpp_launches(library, folder, text, num_tokens) -> tuple[list[list[str]], list[int], list[int]]:
+    """What C++ would launch, the sizes of the workspaces that launches get, and the shape of the result."""
+    lines = ask(library, folder, text, num_tokens).splitlines()
+    shape = [int(line.split()[1]) for line in lines if line.startswith("out ")]
+    sizes = [int(line.split()[1]) for line in lines if line.startswith("buffer ")]
+    launches, order = [], {}
+    for line in lines[len(shape) + len(sizes) :]:
+        if line.startswith("launch "):
+            launches.append([])
+        # Python's allocator sees only those workspaces that a launch gets, and sees them in that order.
+        launches[-1].append(re.sub(r"\bbuffer\d+", lambda m: order.setdefault(m[0], f"buffer{len(order)}"), line))
+    return launches, [sizes[int(name[6:])] for name in order], shape
+
+
+def ask(library, folder, text, num_tokens) -> str:
+    function = ctypes.CDLL(str(library)).moe_ops_launches
+    function.restype = ctypes.c_char_p
+    return function(str(folder).encode(), text.encode(), ctypes.c_int64(num_tokens)).decode()
+
+
+def call(name, num_tokens):
+    return make_call(num_tokens, **CALLS[name])
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_launches_are_pythons(built, tmp_path, name):
+    text = call_text(call(name, 5))
+    write_table(tmp_path, text, 1, max(TOKENS), DEVICE)
+    variants = set()
+    for num_tokens in TOKENS:
+        args = call(name, num_tokens)
+        variants.add(make_plan(make_problem(args), DEVICE).variant)
+        expected, expected_sizes = python_launches(args)
+        got, sizes, shape = cpp_launches(built.library, tmp_path, text, num_tokens)
+        assert shape == list(make_problem(args).out_shape)
+        assert sizes == expected_sizes
+        assert len(got) == len(expected)
+        for mine, pythons in zip(got, expected, strict=True):
+            # Triton specialises on a number that happens to be a multiple of 16; a table's kernel has to serve others.
+            if args.quantization != "none" and mine != pythons:
+                mine, pythons = ([re.sub(r"launch \w+", "launch", lines[0]), *lines[1:]] for lines in (mine, pythons))
+            assert mine == pythons
+    assert variants >= {"direct", "sorted", "blockscaled" if name == "fp8_block" else "pingpong"}
+
+
+@pytest.fixture(scope="module")
+def text_of_call(tmp_path_factory):
+    """The C++ text of a call."""
+    if build_cpp.compiler() is None:
+        pytest.skip("no C++ compiler: install g++ (Debian, Ubuntu: apt install g++), or set CXX")
+    out = tmp_path_factory.mktemp("text") / "text.so"
+    needed = {"checks.cpp", "launch_table.cpp"}
+    others = {str(build_cpp.SOURCES / name) for name in build_cpp.LIBRARY_SOURCES if name not in needed}
+    command = [word for word in build_cpp.library_command(out, "moe_ops_text") if word not in others]
+    command += [str(HERE / "call_text.cpp"), "-O0"]
+    done = subprocess.run([*command, f"-I{build_cpp.SOURCES}", "-Werror"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    torch.ops.load_library(str(out))
+
+    def text(args) -> str:
+        given = {name: getattr(args, name) for name in args.__slots__}
+        return bytes(torch.ops.moe_ops_text.text_of_call(**given).tolist()).decode()
+
+    return text
+
+
+OPTIONS = {
+    "int64": {**SMALL, "top_k": 3},
+    "int4": {
+        **SMALL, "weight_dtype": torch.uint8, "quantization": "int4_w4a16", "block_shape": [0, 32],
+        "w1_scale": torch.zeros(8, 256, 8), "w1_zero_point": torch.zeros(8, 128, 8, dtype=torch.uint8),
+    },
+    "token_scales": {**SMALL, "a1_scale": torch.zeros(5, 1), "activation_limit": 0.1},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [*CALLS, *OPTIONS])
+def test_texts_of_calls_are_alike(text_of_call, name):
+    args = make_call(5, **{**CALLS, **OPTIONS}[name])
+    args.deterministic, args.path = False, "tma"
+    text = call_text(args)
+    assert text_of_call(args) == text
+    parsed = parse_call(text, 5)
+    assert call_text(parsed) == text
+    assert all(a.shape == b.shape and a.dtype == b.dtype for a, b in zip(
+        args.tensors().values(), parsed.tensors().values(), strict=True
+    ))  # fmt: skip
+
+
+def test_what_a_table_does_not_have_is_refused(built, tmp_path):
+    args = random_inputs(num_tokens=3, **SMALL, dtype=torch.bfloat16)
+    text = call_text(args)
+    command = f"python -m moe_ops aot --arch 90 --shapes '{text}' --tokens 1-4096 --out {tmp_path}"
+    answer = ask(built.library, tmp_path, text, 3)
+    assert answer.startswith("error: the tables in") and command in answer
+    # The command is meant to be copied.
+    assert main(["aot", "--shapes", text, "--tokens", "3", "--out", str(tmp_path)]) == 0
+    assert ask(built.library, tmp_path, text, 3).startswith("out 3\n")
+    answer = ask(built.library, tmp_path, text, 5000)
+    assert "has 3 to 3 tokens, not M = 5000" in answer and "--tokens 1-8192" in answer
+    assert "MOE_OPS_AOT is '/nowhere'" in ask(built.library, "/nowhere", text, 3)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ("moe_ops launches 1", "moe_ops launches 0", "another version"),
+        ("pointer out 0", "pointer nothing 0", "operand 'nothing' is unknown"),
+        ("pointer buffer0 0", "pointer buffer9 0", "buffer9 is not there"),
+        ("M 8 *", "M 8 ^", "is no formula"),
+        ("launch 0", "launch 99", "kernel 99 is not there"),
+        ("tokens 1 1", "", "comes before the first 'tokens'"),
+    ],
+)
+def test_broken_tables_are_refused(built, tmp_path, old, new, words):
+    text = call_text(make_call(1, **{**SMALL, "top_k": 8}))
+    path = write_table(tmp_path, text, 1, 1, DEVICE)
+    content = path.read_text()
+    assert old in content
+    path.write_text(content.replace(old, new))
+    answer = ask(built.library, tmp_path, text, 1)
+    assert answer.startswith("error: ") and words in answer, answer
+
+
+def test_declarations_of_the_driver(tmp_path):
+    include = Path(triton.__file__).parent / "backends" / "nvidia" / "include"
+    command = [build_cpp.compiler(), "-std=c++17", "-fsyntax-only", f"-I{build_cpp.SOURCES}", f"-isystem{include}"]
+    if command[0] is None or not (include / "cuda.h").exists():
+        pytest.skip("no C++ compiler, or Triton's cuda.h is not there")
+    done = subprocess.run([*command, str(HERE / "cuda_abi.cpp")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
