@@ -1,5 +1,6 @@
-// What the CUDA kernel asks of the driver, libcuda.so.1, which is opened at the first call: the library builds and loads
-// where there is none. The declarations are those of cuda.h, which may be absent too; tests/cpp/test_cuda.py compares.
+// What the CUDA kernel asks of the driver, libcuda.so.1, which is opened at the first call: the library builds and
+// loads where there is none. The declarations are those of cuda.h, which may be absent too; tests/cpp/test_cuda.py
+// compares.
 #pragma once
 
 #include <cstddef>

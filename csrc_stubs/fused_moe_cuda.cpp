@@ -6,7 +6,6 @@
 
 #include <algorithm>
 #include <cstdlib>
-#include <cstring>
 #include <fstream>
 #include <iterator>
 #include <map>
@@ -76,9 +75,7 @@ void check_tensors(const Arguments& args) {
   for (const auto& [name, tensor] : given_tensors(args)) {
     if (tensor == nullptr) continue;
     require_device_of(args.hidden_states, name, *tensor);
-    const bool per_token = std::strcmp(name, "topk_weights") == 0 || std::strcmp(name, "topk_ids") == 0 ||
-                           (std::strcmp(name, "a1_scale") == 0 && tensor->dim() == 2);
-    if (per_token && (tensor->dim() != 2 || tensor->size(0) != args.hidden_states.size(0))) {
+    if (is_per_token(name, *tensor) && tensor->size(0) != args.hidden_states.size(0)) {
       fail(name, " has shape ", shape_text(tensor->sizes()), ", expected ", args.hidden_states.size(0),
            " rows, as hidden_states has");
     }
@@ -112,7 +109,7 @@ class Parameters {
       }
       if (argument.kind == Kind::kPointer) numbers_[i] += reinterpret_cast<intptr_t>(places[argument.place]);
       if (argument.kind == Kind::kInt32 && numbers_[i] != static_cast<int32_t>(numbers_[i])) {
-        fail("hidden_states has M = ", num_tokens, " tokens, too many for the sizes of a launch; split them over calls");
+        fail("hidden_states has M = ", num_tokens, " tokens, too many for a launch; split them over calls");
       }
       // Little-endian: the first bytes of a number are its narrower self.
       pointers_.push_back(&numbers_[i]);
@@ -199,7 +196,8 @@ Tensor fused_moe_cuda(const Arguments& args) {
 
   std::vector<int64_t> offsets{0};
   for (const Formula& bytes : entry.buffers) {
-    offsets.push_back(offsets.back() + (bytes.at(num_tokens) + kBufferAlignment - 1) / kBufferAlignment * kBufferAlignment);
+    const int64_t blocks = (bytes.at(num_tokens) + kBufferAlignment - 1) / kBufferAlignment;
+    offsets.push_back(offsets.back() + blocks * kBufferAlignment);
   }
   const Tensor workspace = torch::stable::new_empty(x, {offsets.back()}, ScalarType::Byte);
   std::vector<char*> places;

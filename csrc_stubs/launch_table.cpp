@@ -164,12 +164,6 @@ std::string number_text(double value) {
 
 std::string dtype_text(ScalarType dtype) { return text(dtype).substr(6); }  // without "torch."
 
-// Whether the first size is the number of tokens.
-bool is_per_token(const std::string& name, const Tensor& tensor) {
-  return tensor.dim() == 2 &&
-         (name == "hidden_states" || name == "topk_weights" || name == "topk_ids" || name == "a1_scale");
-}
-
 [[noreturn]] void refuse(const std::string& what, const std::string& folder, const std::string& call,
                          int64_t num_tokens) {
   int64_t most = 4096;
@@ -219,6 +213,11 @@ std::vector<int64_t> Entry::shape_of_out(int64_t num_tokens) const {
   std::vector<int64_t> shape;
   for (const Formula& size : out_shape) shape.push_back(size.at(num_tokens));
   return shape;
+}
+
+bool is_per_token(const std::string& name, const Tensor& tensor) {
+  return tensor.dim() == 2 &&
+         (name == "hidden_states" || name == "topk_weights" || name == "topk_ids" || name == "a1_scale");
 }
 
 Tables read_tables(const std::string& folder) {

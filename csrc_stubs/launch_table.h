@@ -81,6 +81,9 @@ struct Table {
 using Tables = std::map<std::string, Table>;
 Tables read_tables(const std::string& folder);
 
+// Whether a tensor argument's first size is the number of tokens.
+bool is_per_token(const std::string& name, const Tensor& tensor);
+
 // The call without its number of tokens: moe_ops.aot.calls.call_text.
 std::string call_text(const Arguments& args);
 

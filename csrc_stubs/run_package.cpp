@@ -2,7 +2,8 @@
 //
 //     run_package PACKAGE.pt2 INPUTS.pt [--library LIBRARY.so]... [--output OUTPUT.pt] [--expect EXPECTED.pt]
 //
-// INPUTS.pt is a tensor, or a list or tuple of tensors, written by torch.save, on the package's device; so are the outputs.
+// INPUTS.pt is a tensor, or a list or tuple of tensors, written by torch.save, on the package's device; so are the
+// outputs.
 
 #include <ATen/ATen.h>
 #include <c10/core/InferenceMode.h>

@@ -76,12 +76,10 @@ class Operand:
         return replace(self, name=name, shape=shape, strides=contiguous_strides(shape), dtype=dtype, offset=0)
 
     def view(self, dtype: torch.dtype) -> "Operand":
-        """The same memory with elements of another dtype."""
-        factor = dtype.itemsize // self.dtype.itemsize or -(self.dtype.itemsize // dtype.itemsize)
-        if abs(factor) == 1:
-            return replace(self, dtype=dtype)
-        if factor < 0:
-            raise ValueError(f"elements of {self.dtype} cannot be seen as {dtype}")
+        """The same memory with elements of another dtype, as wide or wider."""
+        factor = dtype.itemsize // self.dtype.itemsize
+        if factor < 1:
+            raise ValueError(f"elements of {self.dtype} cannot be seen as {dtype}, which is narrower")
         return replace(
             self, shape=(*self.shape[:-1], self.shape[-1] // factor), dtype=dtype, offset=self.offset // factor,
             strides=(*(stride // factor for stride in self.strides[:-1]), self.strides[-1]),

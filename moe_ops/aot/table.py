@@ -76,12 +76,14 @@ def write_table(folder: Path, text: str, first: int, last: int, device: Device) 
         ValueError, TypeError: the call is wrong, or does not take the TMA path there.
         RuntimeError: the kernels of this version of Triton cannot be launched without it.
     """
+    text = call_text(parse_call(text, first))
+    recorded = list(entries(text, first, last, device))
+    # Not before: a call that is wrong leaves no folder.
     folder.mkdir(parents=True, exist_ok=True)
     major, minor = device.capability
     kernels: dict[str, int] = {}
     lines = []
-    text = call_text(parse_call(text, first))
-    for begin, end, call in entries(text, first, last, device):
+    for begin, end, call in recorded:
         lines += [
             f"tokens {begin} {end}",
             f"out {dtype_text(call.out.dtype)} {' '.join(map(as_text, call.out.shape))}",

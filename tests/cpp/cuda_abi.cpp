@@ -29,8 +29,9 @@ static_assert(kPlain == CU_TENSOR_MAP_INTERLEAVE_NONE && kPlain == CU_TENSOR_MAP
 static_assert(std::is_same_v<Function, CUfunction> && std::is_same_v<Stream, CUstream>);
 static_assert(std::is_same_v<decltype(&cuTensorMapEncodeTiled),
                              CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*,
-                                          const cuuint64_t*, const cuuint32_t*, const cuuint32_t*, CUtensorMapInterleave,
-                                          CUtensorMapSwizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill)>);
+                                          const cuuint64_t*, const cuuint32_t*, const cuuint32_t*,
+                                          CUtensorMapInterleave, CUtensorMapSwizzle, CUtensorMapL2promotion,
+                                          CUtensorMapFloatOOBfill)>);
 static_assert(sizeof(cuuint32_t) == 4 && sizeof(cuuint64_t) == 8 && sizeof(CUresult) == 4);
 static_assert(std::is_same_v<decltype(&cuLaunchKernelEx),
                              CUresult (*)(const CUlaunchConfig*, CUfunction, void**, void**)>);
