@@ -240,9 +240,14 @@ std::string call_text(const Arguments& args) {
   };
   for (const auto& [name, tensor] : given_tensors(args)) {
     if (tensor == nullptr) continue;
+    std::vector<int64_t> shape(tensor->sizes().begin(), tensor->sizes().end());
+    if (args.quantization == "mxfp4_w4a16" && shape.size() == 4) {  // weights in blocks, as gpt-oss stores them
+      shape[2] *= shape[3];
+      shape.pop_back();
+    }
     std::string sizes;
-    for (int64_t i = 0; i < tensor->dim(); ++i) {
-      sizes += (i ? "," : "") + (i == 0 && is_per_token(name, *tensor) ? "M" : std::to_string(tensor->size(i)));
+    for (size_t i = 0; i < shape.size(); ++i) {
+      sizes += (i ? "," : "") + (i == 0 && is_per_token(name, *tensor) ? "M" : std::to_string(shape[i]));
     }
     add(name, dtype_text(tensor->scalar_type()) + "[" + sizes + "]");
   }

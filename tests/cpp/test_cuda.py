@@ -23,7 +23,7 @@ from moe_ops.backends.launch import Recorder
 from moe_ops.cli import main
 from moe_ops.dispatch import make_plan
 from moe_ops.problem import make_problem
-from moe_ops.testing import random_inputs
+from moe_ops.testing import quantized_inputs, random_inputs
 from scripts import build_cpp
 from tests.aot.harness import DEVICES, make_call
 
@@ -47,6 +47,16 @@ CALLS = {
     "fp8_channel": {**SMALL, "fp8": "channel"},
     "fp8_static": {**SMALL, "fp8": "tensor", "act_scales": 8},
 }  # fmt: skip
+# The other formats, whose calls have scales of many shapes.
+FORMATS = {
+    "int4": {**SMALL, "quantization": "int4_w4a16", "block_shape": (0, 128), "zero_points": True},
+    "mxfp4": {**SMALL, "quantization": "mxfp4_w4a16"},
+    "int8_w8a16": {**SMALL, "quantization": "int8_w8a16", "granularity": "channel"},
+    "int8_w8a8": {**SMALL, "quantization": "int8_w8a8", "granularity": "channel"},
+    "inputs_given": {**SMALL, "quantization": "fp8_w8a8", "block_shape": (128, 128), "inputs_given": True},
+}
+# What many tokens take.
+LARGE = {"fp8_block": "blockscaled", "inputs_given": "blockscaled", **dict.fromkeys(list(FORMATS)[:4], "sorted")}
 
 
 class Concrete(Recorder):
@@ -120,10 +130,12 @@ def ask(library, folder, text, num_tokens) -> str:
 
 
 def call(name, num_tokens):
+    if name in FORMATS:
+        return quantized_inputs(num_tokens=num_tokens, **FORMATS[name])
     return make_call(num_tokens, **CALLS[name])
 
 
-@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("name", [*CALLS, *FORMATS])
 def test_launches_are_pythons(built, tmp_path, name):
     text = call_text(call(name, 5))
     write_table(tmp_path, text, 1, max(TOKENS), DEVICE)
@@ -141,7 +153,7 @@ def test_launches_are_pythons(built, tmp_path, name):
             if args.quantization != "none" and mine != pythons:
                 mine, pythons = ([re.sub(r"launch \w+", "launch", lines[0]), *lines[1:]] for lines in (mine, pythons))
             assert mine == pythons
-    assert variants >= {"direct", "sorted", "blockscaled" if name == "fp8_block" else "pingpong"}
+    assert variants == {"direct", "sorted", LARGE.get(name, "pingpong")}
 
 
 @pytest.fixture(scope="module")
@@ -167,17 +179,13 @@ def text_of_call(tmp_path_factory):
 
 OPTIONS = {
     "int64": {**SMALL, "top_k": 3},
-    "int4": {
-        **SMALL, "weight_dtype": torch.uint8, "quantization": "int4_w4a16", "block_shape": [0, 32],
-        "w1_scale": torch.zeros(8, 256, 8), "w1_zero_point": torch.zeros(8, 128, 8, dtype=torch.uint8),
-    },
     "token_scales": {**SMALL, "a1_scale": torch.zeros(5, 1), "activation_limit": 0.1},
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", [*CALLS, *OPTIONS])
+@pytest.mark.parametrize("name", [*CALLS, *FORMATS, *OPTIONS])
 def test_texts_of_calls_are_alike(text_of_call, name):
-    args = make_call(5, **{**CALLS, **OPTIONS}[name])
+    args = make_call(5, **OPTIONS[name]) if name in OPTIONS else call(name, 5)
     args.deterministic, args.path = False, "tma"
     text = call_text(args)
     assert text_of_call(args) == text
@@ -200,6 +208,14 @@ def test_what_a_table_does_not_have_is_refused(built, tmp_path):
     answer = ask(built.library, tmp_path, text, 5000)
     assert "has 3 to 3 tokens, not M = 5000" in answer and "--tokens 1-8192" in answer
     assert "MOE_OPS_AOT is '/nowhere'" in ask(built.library, "/nowhere", text, 3)
+
+
+def test_text_of_weights_in_blocks(text_of_call):
+    """mxfp4 weights may come as gpt-oss stores them; it is the same call."""
+    args = call("mxfp4", 5)
+    text = call_text(args)
+    args.w1, args.w2 = (weight.view(*weight.shape[:2], -1, 16) for weight in (args.w1, args.w2))
+    assert text_of_call(args) == text
 
 
 @pytest.mark.parametrize(

@@ -50,6 +50,11 @@ CALLS = {
         {**SIZES, "quantization": "fp8_w8a8", "block_shape": (128, 128)},
         (1, 3, 16, 64, 300, 512, 2000, 4096),
     ),
+    "int4": (
+        quantized_inputs,
+        {**SIZES, "quantization": "int4_w4a16", "block_shape": (0, 128), "zero_points": True},
+        (1, 40, 700),
+    ),
     "fp8_channel": (quantized_inputs, {**SIZES, "quantization": "fp8_w8a8", "granularity": "channel"}, (1, 9, 64, 700)),
 }  # fmt: skip
 
@@ -117,7 +122,7 @@ def test_results_are_pythons(built, tmp_path, name):
     calls = [draw(num_tokens=n, device="cuda", seed=n, **options) for n in tokens]
     write_table(tmp_path, call_text(calls[0]), 1, max(tokens), describe(torch.device("cuda", 0)))
     variants = {plan(args)[1].variant for args in calls}
-    assert variants == {"direct", "sorted", "blockscaled" if name == "fp8_block" else "pingpong"}
+    assert variants == {"direct", "sorted", {"fp8_block": "blockscaled", "int4": "sorted"}.get(name, "pingpong")}
     named = [{field: getattr(args, field) for field in args.__slots__} for args in calls]
     expected = [torch.ops.moe_ops.fused_moe_tma(**call) for call in named]
     torch.save(named, tmp_path / "calls.pt")
