@@ -136,7 +136,11 @@ def compile_launch(launch: Launch, arch: int) -> Kernel:
         raise RuntimeError(f"{metadata.name} has parameters of {found} bytes, expected {expected}")
     if any(described["fp4_padded"] for described in metadata.tensordesc_meta or ()):
         raise RuntimeError(f"{metadata.name} has a tensor map of padded 4-bit elements, which is not made in C++")
-    if metadata.num_ctas != 1 or metadata.launch_cooperative_grid or metadata.global_scratch_size:
+    if (
+        metadata.num_ctas != 1
+        or metadata.launch_cooperative_grid
+        or metadata.global_scratch_size + metadata.profile_scratch_size
+    ):
         raise RuntimeError(f"{metadata.name} needs clusters, a cooperative launch or scratch memory; expected none")
     return Kernel(
         metadata.name, cubin, metadata.num_warps, metadata.shared, bool(metadata.launch_pdl), arguments
