@@ -36,10 +36,9 @@ Functions load_kernels(const Table& table, int device) {
   const int arch = 10 * ask(cuda::kCapabilityMajor) + ask(cuda::kCapabilityMinor);
   const int multiprocessors = ask(cuda::kMultiprocessors);
   if (arch != table.arch || multiprocessors != table.multiprocessors) {
-    fail("cuda:", device, " has compute capability ", arch, " (times 10) and ", multiprocessors,
-         " multiprocessors, expected ", table.arch, " and ", table.multiprocessors,
-         ", for which the table was made; make one with python -m moe_ops aot --arch ", arch, " --multiprocessors ",
-         multiprocessors, " --shapes '", table.call, "'");
+    fail("cuda:", device, " is sm_", arch, " with ", multiprocessors, " multiprocessors, and the table is for sm_",
+         table.arch, " with ", table.multiprocessors, "; make one with python -m moe_ops aot --arch ", arch,
+         " --multiprocessors ", multiprocessors, " --shapes '", table.call, "'");
   }
   Functions functions;
   for (const Kernel& kernel : table.kernels) {

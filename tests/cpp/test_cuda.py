@@ -4,6 +4,7 @@ The library's `moe_ops_launches` says what it would launch for a table and a num
 run on tensors of that very number of tokens, and what they launch is written down: no symbol and no formula takes part.
 """
 
+import ast
 import ctypes
 import dataclasses
 import re
@@ -16,6 +17,7 @@ import triton
 
 from moe_ops.aot.calls import call_text, parse_call
 from moe_ops.aot.compiler import compile_launch
+from moe_ops.aot.cubin import parameter_sizes
 from moe_ops.aot.recording import Launch, Operand
 from moe_ops.aot.table import argument_lines, digest, write_table
 from moe_ops.backends import tma
@@ -158,18 +160,22 @@ def test_launches_are_pythons(built, tmp_path, name):
     assert variants == {"direct", "sorted", LARGE.get(name, "pingpong")}
 
 
+def build(out: Path, namespace: str, test_source: str, *sources: str):
+    """Builds a test's file with some of the library's."""
+    others = {str(build_cpp.SOURCES / name) for name in build_cpp.LIBRARY_SOURCES if name not in sources}
+    command = [word for word in build_cpp.library_command(out, namespace) if word not in others]
+    command += [str(HERE / test_source), f"-I{build_cpp.SOURCES}", "-O0", "-Wl,-Bsymbolic", "-Werror"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.fixture(scope="module")
 def text_of_call(tmp_path_factory):
     """The C++ text of a call."""
     if build_cpp.compiler() is None:
         pytest.skip("no C++ compiler: install g++ (Debian, Ubuntu: apt install g++), or set CXX")
     out = tmp_path_factory.mktemp("text") / "text.so"
-    needed = {"checks.cpp", "launch_table.cpp"}
-    others = {str(build_cpp.SOURCES / name) for name in build_cpp.LIBRARY_SOURCES if name not in needed}
-    command = [word for word in build_cpp.library_command(out, "moe_ops_text") if word not in others]
-    command += [str(HERE / "call_text.cpp"), "-O0"]
-    done = subprocess.run([*command, f"-I{build_cpp.SOURCES}", "-Werror"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    build(out, "moe_ops_text", "call_text.cpp", "checks.cpp", "launch_table.cpp")
     torch.ops.load_library(str(out))
 
     def text(args) -> str:
@@ -248,3 +254,75 @@ def test_declarations_of_the_driver(tmp_path):
         pytest.skip("no C++ compiler, or Triton's cuda.h is not there")
     done = subprocess.run([*command, str(HERE / "cuda_abi.cpp")], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+# What a driver that writes everything down is asked for, argv: the library, the folder of the table. The addresses of
+# the arguments and of the result come first.
+ON_FAKE = """
+import sys, torch
+torch.ops.load_library(sys.argv[1])
+call = torch.load(sys.argv[2])
+out = torch.ops.moe_ops_fake.fused_moe_tma(**call)
+tensors = {name: value for name, value in call.items() if isinstance(value, torch.Tensor)} | {"out": out}
+print({name: tensor.data_ptr() for name, tensor in tensors.items()})
+"""
+
+
+@pytest.mark.skipif(build_cpp.compiler() is None, reason="no C++ compiler")
+@pytest.mark.parametrize(("name", "tokens"), [("gpt_oss", (1, 61, 700)), ("fp8_block", (300,))])
+def test_what_the_driver_gets(tmp_path, run_python, name, tokens):
+    """Launch attributes, tensor maps and the bytes of all parameters, against what Python launches."""
+    library = tmp_path / "fake.so"
+    build(library, "moe_ops_fake", "fake_driver.cpp", "checks.cpp", "launch_table.cpp", "fused_moe_cuda.cpp")
+    table = write_table(tmp_path, call_text(call(name, 1)), 1, max(tokens), DEVICE).read_text()
+    kernels = [line.split()[1:] for line in table.splitlines() if line.startswith("kernel ")]
+    sizes = [parameter_sizes((tmp_path / file).read_bytes(), function) for file, function, *_ in kernels]
+    (tmp_path / "fake.sizes").write_text("".join(f"{' '.join(map(str, row))}\n" for row in sizes))
+    for num_tokens in tokens:
+        args = call(name, num_tokens)
+        torch.save({field: getattr(args, field) for field in args.__slots__}, tmp_path / "call.pt")
+        environment = {"MOE_OPS_AOT": str(tmp_path), "FAKE_CUDA": str(tmp_path / "fake")}
+        places = ast.literal_eval(run_python(ON_FAKE, library, tmp_path / "call.pt", **environment))
+        log = [line.split() for line in (tmp_path / "fake.log").read_text().splitlines()]
+        set_shared = {(int(kernel), int(value)) for _, kernel, attribute, value in by_word(log, "set")}
+        assert set_shared == {(i, int(k[3])) for i, k in enumerate(kernels) if int(k[3]) > 48 * 1024}
+        expected, _ = python_launches(args)
+        launches, maps = by_word(log, "launch"), by_word(log, "map")
+        assert len(launches) == len(expected)
+        for (_, number, *got), lines in zip(launches, expected, strict=True):
+            _, _, function, threads, shared, dependent, grid = lines[0].split()
+            assert kernels[int(number)][1] == function
+            # Grid, block, shared memory; one attribute (6: may start while the launch before it ends), or none.
+            assert got[:8] == [grid, "1", "1", threads, "1", "1", shared, dependent] and got[8:11] == ["6", "1", "1"]
+            check_parameters(lines[1:], got[11:], maps, places)
+
+
+def by_word(log: list[list[str]], word: str) -> list[list[str]]:
+    return [line for line in log if line[0] == word]
+
+
+def check_parameters(lines: list[str], parameters: list[str], maps: list[list[str]], places: dict[str, int]):
+    """The parameters of a launch, in hex, against the lines of its arguments; two pointers to no scratch are last."""
+    assert len(parameters) == len(lines) + 2 and [int(p, 16) for p in parameters[-2:]] == [0, 0]
+    for i, (line, parameter) in enumerate(zip(lines, parameters, strict=False)):
+        kind, *words = line.split()
+        if kind in ("i32", "i64", "fp32"):
+            assert len(parameter) == (16 if kind == "i64" else 8) and int(parameter, 16) == int(words[0])
+            continue
+        place, offset, *facts = words
+        if kind == "pointer":
+            assert len(parameter) == 16 and int(parameter, 16) == places.setdefault(place, int(parameter, 16)) + int(
+                offset
+            )
+            continue
+        dtype, item, swizzle, *box = map(int, facts)
+        rank = len(box)
+        numbers = [int(following.split()[1]) for following in lines[i + 1 : i + 1 + 2 * rank]]
+        shape, strides = numbers[:rank], numbers[rank:]
+        assert len(parameter) == 256
+        _, *found = map(int, ["0", *maps[int(parameter[-16:], 16)][1:]])
+        address = places.setdefault(place, found[1]) + int(offset)
+        # No interleaving, L2 lines of 128 bytes, zeros past the end; the innermost dimension first.
+        assert found == [
+            dtype, address, 0, swizzle, 2, 0, *shape[::-1], *(item * n for n in strides[-2::-1]), *box[::-1], *[1] * rank
+        ]  # fmt: skip
