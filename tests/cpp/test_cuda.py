@@ -162,6 +162,8 @@ def test_launches_are_pythons(built, tmp_path, name):
 
 def build(out: Path, namespace: str, test_source: str, *sources: str):
     """Builds a test's file with some of the library's."""
+    if build_cpp.compiler() is None:
+        pytest.skip("no C++ compiler: install g++ (Debian, Ubuntu: apt install g++), or set CXX")
     others = {str(build_cpp.SOURCES / name) for name in build_cpp.LIBRARY_SOURCES if name not in sources}
     command = [word for word in build_cpp.library_command(out, namespace) if word not in others]
     command += [str(HERE / test_source), f"-I{build_cpp.SOURCES}", "-O0", "-Wl,-Bsymbolic", "-Werror"]
@@ -172,8 +174,6 @@ def build(out: Path, namespace: str, test_source: str, *sources: str):
 @pytest.fixture(scope="module")
 def text_of_call(tmp_path_factory):
     """The C++ text of a call."""
-    if build_cpp.compiler() is None:
-        pytest.skip("no C++ compiler: install g++ (Debian, Ubuntu: apt install g++), or set CXX")
     out = tmp_path_factory.mktemp("text") / "text.so"
     build(out, "moe_ops_text", "call_text.cpp", "checks.cpp", "launch_table.cpp")
     torch.ops.load_library(str(out))
@@ -268,12 +268,17 @@ print({name: tensor.data_ptr() for name, tensor in tensors.items()})
 """
 
 
-@pytest.mark.skipif(build_cpp.compiler() is None, reason="no C++ compiler")
+@pytest.fixture(scope="module")
+def fake(tmp_path_factory):
+    """The CUDA kernel for CPU tensors, with a driver that writes down what it gets."""
+    out = tmp_path_factory.mktemp("fake") / "fake.so"
+    build(out, "moe_ops_fake", "fake_driver.cpp", "checks.cpp", "launch_table.cpp", "fused_moe_cuda.cpp")
+    return out
+
+
 @pytest.mark.parametrize(("name", "tokens"), [("gpt_oss", (1, 61, 700)), ("fp8_block", (300,))])
-def test_what_the_driver_gets(tmp_path, run_python, name, tokens):
+def test_what_the_driver_gets(fake, tmp_path, run_python, name, tokens):
     """Launch attributes, tensor maps and the bytes of all parameters, against what Python launches."""
-    library = tmp_path / "fake.so"
-    build(library, "moe_ops_fake", "fake_driver.cpp", "checks.cpp", "launch_table.cpp", "fused_moe_cuda.cpp")
     table = write_table(tmp_path, call_text(call(name, 1)), 1, max(tokens), DEVICE).read_text()
     kernels = [line.split()[1:] for line in table.splitlines() if line.startswith("kernel ")]
     sizes = [parameter_sizes((tmp_path / file).read_bytes(), function) for file, function, *_ in kernels]
@@ -282,7 +287,7 @@ def test_what_the_driver_gets(tmp_path, run_python, name, tokens):
         args = call(name, num_tokens)
         torch.save({field: getattr(args, field) for field in args.__slots__}, tmp_path / "call.pt")
         environment = {"MOE_OPS_AOT": str(tmp_path), "FAKE_CUDA": str(tmp_path / "fake")}
-        places = ast.literal_eval(run_python(ON_FAKE, library, tmp_path / "call.pt", **environment))
+        places = ast.literal_eval(run_python(ON_FAKE, fake, tmp_path / "call.pt", **environment))
         log = [line.split() for line in (tmp_path / "fake.log").read_text().splitlines()]
         set_shared = {(int(kernel), int(value)) for _, kernel, attribute, value in by_word(log, "set")}
         assert set_shared == {(i, int(k[3])) for i, k in enumerate(kernels) if int(k[3]) > 48 * 1024}
@@ -311,18 +316,19 @@ def check_parameters(lines: list[str], parameters: list[str], maps: list[list[st
             continue
         place, offset, *facts = words
         if kind == "pointer":
-            assert len(parameter) == 16 and int(parameter, 16) == places.setdefault(place, int(parameter, 16)) + int(
-                offset
-            )
+            # Of a workspace the first launch that has it says where it is; it begins there.
+            start = places.setdefault(place, int(parameter, 16))
+            assert len(parameter) == 16 and int(parameter, 16) == start + int(offset)
             continue
         dtype, item, swizzle, *box = map(int, facts)
         rank = len(box)
         numbers = [int(following.split()[1]) for following in lines[i + 1 : i + 1 + 2 * rank]]
         shape, strides = numbers[:rank], numbers[rank:]
         assert len(parameter) == 256
-        _, *found = map(int, ["0", *maps[int(parameter[-16:], 16)][1:]])
+        found = list(map(int, maps[int(parameter[-16:], 16)][1:]))
         address = places.setdefault(place, found[1]) + int(offset)
         # No interleaving, L2 lines of 128 bytes, zeros past the end; the innermost dimension first.
         assert found == [
-            dtype, address, 0, swizzle, 2, 0, *shape[::-1], *(item * n for n in strides[-2::-1]), *box[::-1], *[1] * rank
+            dtype, address, 0, swizzle, 2, 0,
+            *shape[::-1], *(item * stride for stride in strides[-2::-1]), *box[::-1], *[1] * rank,
         ]  # fmt: skip
