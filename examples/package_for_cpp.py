@@ -53,11 +53,14 @@ def main() -> None:
     torch.manual_seed(0)
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     block = Block().eval().to(device, dtype)
-    inputs = torch.randn(8, 64).to(device, dtype)
+
+    def draw(num_tokens: int) -> Tensor:
+        return torch.randn(num_tokens, 64).to(device, dtype)
+
     tokens = torch.export.Dim("tokens", min=1, max=65536)
-    program = torch.export.export(block, (inputs,), dynamic_shapes=({0: tokens},))
+    program = torch.export.export(block, (draw(8),), dynamic_shapes=({0: tokens},))
     package = torch._inductor.aoti_compile_and_package(program, package_path=str(out / "block.pt2"))
-    inputs = inputs[:5]
+    inputs = draw(5)
     # On a GPU by the package: fused, its router rounds less often than the module's, and might choose other experts.
     expected = block(inputs) if device == "cpu" else torch._inductor.aoti_load_package(package)(inputs)
     torch.save([inputs], out / "inputs.pt")
