@@ -3,7 +3,6 @@
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
-#include <array>
 #include <cmath>
 #include <utility>
 
@@ -225,18 +224,6 @@ void check_dtypes(const Arguments& args) {
   }
 }
 
-std::array<std::pair<const char*, const Tensor*>, 8> given_tensors(const Arguments& args) {
-  const auto pointer = [](const std::optional<Tensor>& tensor) { return is_given(tensor) ? &*tensor : nullptr; };
-  return {{{"hidden_states", &args.hidden_states},
-           {"w1", &args.w1},
-           {"w2", &args.w2},
-           {"topk_weights", &args.topk_weights},
-           {"topk_ids", &args.topk_ids},
-           {"w1_bias", pointer(args.w1_bias)},
-           {"w2_bias", pointer(args.w2_bias)},
-           {"expert_map", pointer(args.expert_map)}}};
-}
-
 // Whether one element in memory may stand for several of the tensor, as in an expanded one.
 bool may_overlap_itself(const Tensor& tensor) {
   std::vector<std::pair<int64_t, int64_t>> steps;
@@ -262,12 +249,43 @@ std::pair<uintptr_t, uintptr_t> byte_range(const Tensor& tensor) {
 
 }  // namespace
 
-Problem make_problem(const Arguments& args) {
+std::array<std::pair<const char*, const Tensor*>, kNumTensors> given_tensors(const Arguments& args) {
+  const auto pointer = [](const std::optional<Tensor>& tensor) { return is_given(tensor) ? &*tensor : nullptr; };
+  return {{{"hidden_states", &args.hidden_states},
+           {"w1", &args.w1},
+           {"w2", &args.w2},
+           {"topk_weights", &args.topk_weights},
+           {"topk_ids", &args.topk_ids},
+           {"w1_bias", pointer(args.w1_bias)},
+           {"w2_bias", pointer(args.w2_bias)},
+           {"w1_scale", pointer(args.w1_scale)},
+           {"w2_scale", pointer(args.w2_scale)},
+           {"w1_zero_point", pointer(args.w1_zero_point)},
+           {"w2_zero_point", pointer(args.w2_zero_point)},
+           {"a1_scale", pointer(args.a1_scale)},
+           {"a2_scale", pointer(args.a2_scale)},
+           {"expert_map", pointer(args.expert_map)}}};
+}
+
+void check_defined(const Arguments& args) {
   require_defined("hidden_states", args.hidden_states);
   require_defined("w1", args.w1);
   require_defined("w2", args.w2);
   require_defined("topk_weights", args.topk_weights);
   require_defined("topk_ids", args.topk_ids);
+}
+
+void require_device_of(const Tensor& hidden_states, const char* name, const Tensor& tensor) {
+  if (hidden_states.is_cpu()) return require_cpu(name, tensor);
+  const int32_t device = hidden_states.get_device_index();
+  if (tensor.is_cpu() || tensor.get_device_index() != device) {
+    fail(name, " is on ", tensor.is_cpu() ? "the CPU" : "cuda:" + std::to_string(tensor.get_device_index()),
+         ", expected cuda:", device, ", where hidden_states is; move it: ", name, ".to('cuda:", device, "')");
+  }
+}
+
+Problem make_problem(const Arguments& args) {
+  check_defined(args);
   const Activation& activation = check_activation(args);
   check_options(args, activation);
   check_supported(args);
@@ -296,14 +314,14 @@ Problem make_problem(const Arguments& args) {
   return problem;
 }
 
-void check_out(const Tensor& out, const Arguments& args, const Problem& problem) {
+void check_out(const Tensor& out, const Arguments& args, const std::vector<int64_t>& shape, ScalarType dtype) {
   require_defined("out", out);
-  require_shape("out", out, problem.out_shape(), "[M, H], or [M, top_k, H] with reduce_topk=False");
-  if (out.scalar_type() != problem.out_dtype) {
-    fail("out has dtype ", text(out.scalar_type()), ", expected ", text(problem.out_dtype),
+  require_shape("out", out, shape, "[M, H], or [M, top_k, H] with reduce_topk=False");
+  if (out.scalar_type() != dtype) {
+    fail("out has dtype ", text(out.scalar_type()), ", expected ", text(dtype),
          "; allocate it so, or pass out_dtype=", text(out.scalar_type()));
   }
-  require_cpu("out", out);
+  require_device_of(args.hidden_states, "out", out);
   if (may_overlap_itself(out)) {
     fail("out has strides ", moe_ops::shape_text(out.strides()), " for shape ", shape_text(out),
          ": one element may stand for several results; pass a contiguous tensor");

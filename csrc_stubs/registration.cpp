@@ -1,4 +1,4 @@
-// Registers the schemas and the CPU kernels when the library is loaded, unless somebody has done so before.
+// Registers the schemas and the kernels when the library is loaded, unless somebody has done so before.
 //
 // There is no fake here: one in C++ would see numbers instead of symbols, and compile anew for every size.
 
@@ -9,28 +9,11 @@
 
 #include "checks.h"
 #include "fused_moe.h"
+#include "fused_moe_cuda.h"
 #include "op_schema.h"
 #include "products.h"
 #include "routing.h"
 #include "text.h"
-
-// The arguments of `fused_moe_tma`, once as parameters and once as what makes an `Arguments`.
-#define MOE_OPS_PARAMETERS                                                                                           \
-  const Tensor& hidden_states, const Tensor& w1, const Tensor& w2, const Tensor& topk_weights,                       \
-      const Tensor& topk_ids, const std::optional<Tensor>& w1_bias, const std::optional<Tensor>& w2_bias,            \
-      const std::optional<Tensor>& w1_scale, const std::optional<Tensor>& w2_scale,                                  \
-      const std::optional<Tensor>& w1_zero_point, const std::optional<Tensor>& w2_zero_point,                        \
-      const std::optional<Tensor>& a1_scale, const std::optional<Tensor>& a2_scale,                                  \
-      const std::optional<Tensor>& expert_map, std::string activation, std::optional<double> activation_alpha,       \
-      std::optional<double> activation_limit, std::string gate_up_layout, std::string quantization,                  \
-      std::optional<std::vector<int64_t>> block_shape, bool apply_router_weight_on_input,                            \
-      double routed_scaling_factor, bool reduce_topk, bool deterministic, std::string path,                          \
-      std::optional<ScalarType> out_dtype
-#define MOE_OPS_ARGUMENTS                                                                                            \
-  {hidden_states, w1, w2, topk_weights, topk_ids, w1_bias, w2_bias, w1_scale, w2_scale, w1_zero_point,               \
-   w2_zero_point, a1_scale, a2_scale, expert_map, activation, activation_alpha, activation_limit, gate_up_layout,    \
-   quantization, block_shape, apply_router_weight_on_input, routed_scaling_factor, reduce_topk, deterministic,       \
-   path, out_dtype}
 
 namespace moe_ops {
 namespace {
@@ -40,18 +23,30 @@ Tensor fused_moe_cpu(MOE_OPS_PARAMETERS) {
   return fused_moe(args, make_problem(args));
 }
 
-void fused_moe_out_cpu(const Tensor& out, MOE_OPS_PARAMETERS) {
-  const Arguments args = MOE_OPS_ARGUMENTS;
-  const Problem problem = make_problem(args);
-  check_out(out, args, problem);
-  const Tensor result = fused_moe(args, problem);
-  // Through the dispatcher, which notes that `out` has changed, or refuses. The stable ABI cannot ask it beforehand.
+Tensor fused_moe_on_cuda(MOE_OPS_PARAMETERS) { return fused_moe_cuda(MOE_OPS_ARGUMENTS); }
+
+// Through the dispatcher, which notes that `out` has changed, or refuses. The stable ABI cannot ask it beforehand.
+void copy_result(Tensor out, const Tensor& result) {
   try {
     copy(out, result);
   } catch (const std::exception&) {
     fail("out requires grad, and the op has no backward: pass out.detach(), or call it in torch.no_grad(); or out was ",
          "made in torch.inference_mode(): call it there too");
   }
+}
+
+void fused_moe_out_cpu(const Tensor& out, MOE_OPS_PARAMETERS) {
+  const Arguments args = MOE_OPS_ARGUMENTS;
+  const Problem problem = make_problem(args);
+  check_out(out, args, problem.out_shape(), problem.out_dtype);
+  copy_result(out, fused_moe(args, problem));
+}
+
+void fused_moe_out_on_cuda(const Tensor& out, MOE_OPS_PARAMETERS) {
+  const Arguments args = MOE_OPS_ARGUMENTS;
+  const Tensor result = fused_moe_cuda(args);
+  check_out(out, args, {result.sizes().begin(), result.sizes().end()}, result.scalar_type());
+  copy_result(out, result);
 }
 
 // Whether this library defined the schemas. Where Python came first, its kernels stay too.
@@ -78,4 +73,10 @@ STABLE_TORCH_LIBRARY_IMPL(MOE_OPS_NAMESPACE, CPU, m) {
   m.impl("fused_moe_tma", TORCH_BOX(&moe_ops::fused_moe_cpu));
   m.impl("fused_moe_tma_", TORCH_BOX(&moe_ops::fused_moe_out_cpu));
   m.impl("route", TORCH_BOX(&moe_ops::route));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(MOE_OPS_NAMESPACE, CUDA, m) {
+  if (!moe_ops::defined) return;
+  m.impl("fused_moe_tma", TORCH_BOX(&moe_ops::fused_moe_on_cuda));
+  m.impl("fused_moe_tma_", TORCH_BOX(&moe_ops::fused_moe_out_on_cuda));
 }

@@ -2,7 +2,8 @@
 //
 //     run_package PACKAGE.pt2 INPUTS.pt [--library LIBRARY.so]... [--output OUTPUT.pt] [--expect EXPECTED.pt]
 //
-// INPUTS.pt is a tensor, or a list or tuple of tensors, written by torch.save; so are the outputs.
+// INPUTS.pt is a tensor, or a list or tuple of tensors, written by torch.save, on the package's device; so are the
+// outputs.
 
 #include <ATen/ATen.h>
 #include <c10/core/InferenceMode.h>
@@ -104,7 +105,7 @@ bool compare(const std::vector<at::Tensor>& outputs, const std::vector<at::Tenso
   }
   bool equal = true;
   for (size_t i = 0; i < outputs.size(); ++i) {
-    const at::Tensor got = outputs[i].cpu(), want = expected[i];
+    const at::Tensor got = outputs[i].cpu(), want = expected[i].cpu();
     if (got.sizes() != want.sizes() || got.dtype() != want.dtype()) {
       std::cout << "output " << i << ": expected " << want.dtype() << " " << want.sizes() << "\n";
       equal = false;

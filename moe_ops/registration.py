@@ -1,7 +1,7 @@
 """Registers the ops: schemas, fakes, and implementations per dispatch key. Kernels are imported at their first use.
 
-The C++ library (`csrc_stubs/`) may have been loaded before. Its schemas and CPU kernels then stay, and Python adds what
-it does not have; loaded afterwards, it adds nothing. Whoever comes first is so whose CPU kernels run.
+The C++ library (`csrc_stubs/`) may have been loaded before. Its schemas and kernels then stay, and Python adds what it
+does not have; loaded afterwards, it adds nothing. Whoever comes first is so whose kernels run.
 """
 
 from collections.abc import Callable, Sequence

@@ -15,7 +15,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = ROOT / "csrc_stubs"
-LIBRARY_SOURCES = ("registration.cpp", "checks.cpp", "routing.cpp", "products.cpp", "fused_moe.cpp")
+LIBRARY_SOURCES = (
+    "registration.cpp", "checks.cpp", "routing.cpp", "products.cpp", "fused_moe.cpp", "launch_table.cpp",
+    "cuda_driver.cpp", "fused_moe_cuda.cpp",
+)  # fmt: skip
 WARNINGS = ("-Wall", "-Wextra")
 # The oldest torch that the library loads into, 2.11, whatever version it is built with.
 TARGET_VERSION = "-DTORCH_TARGET_VERSION=0x020b000000000000"
@@ -42,7 +45,7 @@ def library_command(out: Path, namespace: str = "moe_ops") -> list[str]:
         compiler(), "-std=c++17", "-O3", *WARNINGS, "-fPIC", "-shared", "-fvisibility=hidden", TARGET_VERSION,
         f"-DMOE_OPS_NAMESPACE={namespace}", f"-isystem{torch / 'include'}",
         *(str(SOURCES / name) for name in LIBRARY_SOURCES),
-        f"-L{torch / 'lib'}", "-ltorch_cpu", f"-Wl,-rpath,{torch / 'lib'}", "-o", str(out),
+        f"-L{torch / 'lib'}", "-ltorch_cpu", "-ldl", f"-Wl,-rpath,{torch / 'lib'}", "-o", str(out),
     ]  # fmt: skip
 
 

@@ -10,6 +10,14 @@ from moe_ops.dispatch import Plan
 from moe_ops.problem import Arguments, Problem
 
 
+class Recorder(dict):
+    """In the place of a plan's compiled kernels: its launches are written down instead of made (`moe_ops.aot`)."""
+
+    def record(self, kernel, grid: int, args: tuple, options: dict) -> None:
+        """Takes a launch: as `Launcher.__call__`, with the options themselves."""
+        raise NotImplementedError
+
+
 class Launcher:
     """Launches the kernels of one plan, and keeps what Triton compiled for it.
 
@@ -41,6 +49,9 @@ class Launcher:
             compiled[(grid, 1, 1)](*args, *constexprs)
             return
         values = options()
+        if isinstance(self._kept, Recorder):
+            self._kept.record(kernel, grid, args, values)
+            return
         # FP fusion by name: Triton 3.10 turns it off by default.
         compiled = kernel[(grid,)](*args, enable_fp_fusion=True, **values)
         if self._kept is not None and compiled is not None:  # the interpreter compiles nothing

@@ -4,10 +4,10 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from moe_ops.cli import bench, doctor, env, explain, tune
+from moe_ops.cli import aot, bench, doctor, env, explain, tune
 from moe_ops.cli.options import UsageError
 
-_COMMANDS = (env, explain, doctor, tune, bench)
+_COMMANDS = (env, explain, doctor, tune, bench, aot)
 
 
 class _Parser(argparse.ArgumentParser):

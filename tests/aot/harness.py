@@ -14,10 +14,10 @@ from dataclasses import dataclass
 
 import torch
 import triton
-from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+from moe_ops.aot.compiler import TargetDriver
 from moe_ops.devices import Device
 from moe_ops.dispatch import make_plan
 from moe_ops.problem import Arguments, make_problem
@@ -56,29 +56,6 @@ class Compiled:
         return self.ptx.count(instruction)
 
 
-class _Driver:
-    """Answers Triton's questions about the device for a target that is not there."""
-
-    def __init__(self, arch: int) -> None:
-        self.arch = arch
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", self.arch, 32)
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int = 0) -> int:
-        return 0
-
-    def get_active_torch_device(self) -> torch.device:
-        return torch.device("cpu")
-
-    @property
-    def launcher_cls(self):
-        return lambda *args, **kwargs: None
-
-
 @contextmanager
 def compiling(arch: int) -> Iterator[list]:
     """Within the block every launch compiles for sm_<arch> and is added to the list instead of running."""
@@ -90,7 +67,7 @@ def compiling(arch: int) -> Iterator[list]:
 
     # Kernels are cached per device number, and every architecture here is device 0.
     _forget_kernels()
-    driver.set_active(_Driver(arch))
+    driver.set_active(TargetDriver(arch))
     JITFunction.__getitem__ = getitem
     try:
         yield launches
