@@ -60,6 +60,9 @@ def quantized(num_rows, columns):
     return ScaledRows(values, torch.zeros(-(-columns // 128), num_rows), 1, num_rows)
 
 
+# Bytes that the up GEMM may spill, and in Triton 3.9 does: the program's number and parts of the thread's, stored once
+# a launch and loaded a few times a tile, outside the turns.
+SPILLS = {("straddling_blocks", 128): 80}
 # One row block for both consumers changes nothing in the epilogue: a few variants show the rest.
 CASES = [*((name, 64) for name in VARIANTS), *((name, 128) for name in ("plain", "straddling_blocks", "interleaved"))]
 USUAL = [*((name, 64) for name in VARIANTS if name != "interleaved"), ("interleaved", 128)]
@@ -69,8 +72,9 @@ USUAL = [*((name, 64) for name in VARIANTS if name != "interleaved"), ("interlea
 def test_variants(name, block_m):
     up, down = compile_pair(block_m, **VARIANTS[name])
     weights = "e5m2" if VARIANTS[name].get("weight_dtype") == torch.float8_e5m2 else "e4m3"
+    assert up.spills <= SPILLS.get((name, block_m), 0)
+    assert down.spills == 0
     for kernel in (up, down):
-        assert kernel.spills == 0
         assert not kernel.serialized
         assert kernel.registers == REGISTERS_AT_ENTRY
         assert kernel.shared_memory <= 227 * KIB
