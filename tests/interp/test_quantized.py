@@ -12,7 +12,7 @@ from tests.quantized import FORMATS, hard_rows, one_hot_case, quantized_case, wi
 RUNS = {"classic": ("classic", "sorted"), "tma": ("tma", "sorted"), "direct": ("classic", "direct")}
 KINDS = pytest.mark.parametrize("kind", RUNS)
 # Formats that always have the heuristic's tiles without a sort; see test_paths.
-OWN_TILES = ("fp8_block", "int8_weights", "int4_zero_points", "mxfp4")
+OWN_TILES = ("fp8_block", "int4_zero_points")
 WIDE = TileConfig(1, 64, 128)
 
 
@@ -45,7 +45,7 @@ def test_option(name, option):
 @pytest.mark.parametrize("quantization", ["int4_w4a16", "mxfp4_w4a16"])
 def test_every_code_in_every_place(quantization, kind):
     args = one_hot_case(quantization, torch.float16, num_tokens=16 if kind == "direct" else 64)
-    with forced(kind), poisoned_memory():
+    with forced(kind, None if ALL or kind != "direct" else WIDE), poisoned_memory():
         out = run(args)
     assert_exact(out, args)
 
