@@ -55,7 +55,8 @@ def run(args: Arguments, problem: Problem, out: Tensor) -> Tensor:
     if scheme.quantized:
         up_product, down_product = (_DequantizedProduct(args, problem, which) for which in ("w1", "w2"))
     else:
-        up_product, down_product = _GroupedProduct(args.w1), _GroupedProduct(args.w2)
+        # The routing weight may come between the up projection and its bias.
+        up_product, down_product = _GroupedProduct(args.w1), _GroupedProduct(args.w2, args.w2_bias)
     # In the order of the routes, so that the sum over k has the order of k. Routes without an expert stay 0.
     routes = (torch.zeros if dropped else torch.empty)(problem.num_routes, problem.hidden_size)
     for chunk in _chunks(groups[1:] if dropped else groups):
@@ -71,9 +72,10 @@ def run(args: Arguments, problem: Problem, out: Tensor) -> Tensor:
         if scheme.act:
             act = _quantized(act, problem, scheme.act, _act_scale(args, problem, experts[rows]))
         down = down_product(act, chunk)
-        if args.w2_bias is not None:
-            down = down.float() + args.w2_bias[experts[rows]]
-        down = down.to(problem.dtype)
+        if scheme.quantized:
+            if args.w2_bias is not None:
+                down += args.w2_bias[experts[rows]]
+            down = down.to(problem.dtype)
         weighted = down.float() if problem.router_weight_on_input else down * weights[rows]
         routes[rows if order is None else order[rows]] = weighted
     if problem.routed_scaling_factor != 1.0:
@@ -131,19 +133,24 @@ def _chunks(groups: Sequence[Group]) -> Iterator[Sequence[Group]]:
 
 
 class _GroupedProduct:
-    """rows @ weights[expert]^T for rows sorted by expert: the rows' dtype, fp32 accumulation, one rounding.
+    """rows @ weights[expert]^T + bias[expert] for rows sorted by expert: the rows' dtype, fp32 inside, one rounding.
 
     Args:
         weights: [E, N, K], any strides.
+        bias: [E, N] of the dtype of the weights or fp32, any strides; or None.
     """
 
-    def __init__(self, weights: Tensor):
+    def __init__(self, weights: Tensor, bias: Tensor | None = None):
         experts, columns, depth = weights.shape
         parts = _parts(columns, depth)
         self._weights = weights.transpose(1, 2)  # [E, K, N]
         self._blocks = weights.view(experts, parts, -1, depth).transpose(2, 3)  # [E, parts, K, N / parts]
         self._wide_block = None
-        if not _has_product(weights.dtype):
+        self._bias = bias
+        if bias is not None and bias.dtype != weights.dtype:
+            # Added after a 16-bit product it would be rounded twice, and torch's product takes none of another dtype.
+            self._rows_to_split = 0
+        elif not _has_product(weights.dtype):
             self._rows_to_split = _ROWS_TO_WIDEN
         else:
             self._rows_to_split = 1 if parts > 1 and weights.dtype == torch.float32 else sys.maxsize
@@ -153,16 +160,21 @@ class _GroupedProduct:
         out = rows.new_empty(rows.shape[0], self._weights.shape[2])
         counts = [group.stop - group.start for group in groups]
         for group, count, mine, result in zip(groups, counts, rows.split(counts), out.split(counts), strict=True):
-            if count < self._rows_to_split:
+            bias = None if self._bias is None else self._bias[group.expert]
+            if count >= self._rows_to_split:
+                self._split_product(mine, self._blocks[group.expert], bias, result)
+            elif bias is None:
                 torch.mm(mine, self._weights[group.expert], out=result)
             else:
-                self._split_product(mine, self._blocks[group.expert], result)
+                torch.addmm(bias, mine, self._weights[group.expert], out=result)
         return out
 
-    def _split_product(self, rows: Tensor, blocks: Tensor, out: Tensor) -> None:
+    def _split_product(self, rows: Tensor, blocks: Tensor, bias: Tensor | None, out: Tensor) -> None:
         """One product as a batch of column blocks, in fp32: MKL threads over a batch better than within a product."""
         parts, _, columns = blocks.shape
         product = torch.bmm(rows.float().expand(parts, *rows.shape), self._widen(blocks))
+        if bias is not None:
+            product += bias.view(parts, 1, columns)
         out.view(-1, parts, columns).copy_(product.transpose(0, 1))
 
     def _widen(self, blocks: Tensor) -> Tensor:

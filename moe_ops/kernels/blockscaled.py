@@ -43,9 +43,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from moe_ops.kernels.activation import activate_gated, nonlinearity
 from moe_ops.kernels.compat import block_barrier, cp_async, tma_load
-from moe_ops.kernels.epilogue import affine, halves, store_box, store_group
+from moe_ops.kernels.epilogue import store_groups
 from moe_ops.kernels.persistent import PATIENCE, STRETCH, keep_step, tile
 
 # Elements of a group of a row, of either side of a block of weights, and columns of a partial sum.
@@ -180,6 +179,9 @@ def _consume(CONSUMER: gl.constexpr, rows_ring, weights_ring, out_smem, out_desc
     WEIGHT_ROWS: gl.constexpr = 2 * N if GATED else N
     # Where a block of weights ends within the up half, whose first row need not be a block's first.
     CUT: gl.constexpr = _GROUP - N % _GROUP if HALVES else _GROUP
+    # Tiles of the up GEMM that would keep too much through the turns for their epilogue, and spill in Triton 3.9: they
+    # load the second half's scales a turn later, and compute or load once more what others keep.
+    LEAN: gl.constexpr = TOP_K != 0 and (CUT != _GROUP or not GATED)
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, _GROUP, 32])
     before_cut = (gl.arange(0, _GROUP, gl.SliceLayout(0, LAYOUT)) < CUT)[None, :]
     zero = gl.zeros((_CONSUMER_ROWS, _GROUP), gl.float32, LAYOUT)
@@ -246,30 +248,50 @@ def _consume(CONSUMER: gl.constexpr, rows_ring, weights_ring, out_smem, out_desc
             if half == 0:
                 acc0 += partial * factor0[:, None]
                 group = gl.minimum(turn // 2 + 1, K_STEPS - 1).to(gl.int64)
-                next_row_scale = gl.load(row_scale_ptrs + group * stride_sg, mask=row_mask, other=0.0)
+                if LEAN:
+                    factor1 = next_row_scale * next_scale1
+                    if CUT != _GROUP:
+                        factor2 = next_row_scale * next_scale2
+                    group_ptrs = row_scale_ptr + (rows + _zero(a)).to(gl.int64) * stride_sm + group * stride_sg
+                else:
+                    group_ptrs = row_scale_ptrs + group * stride_sg
+                next_row_scale = gl.load(group_ptrs, mask=row_mask, other=0.0)
                 next_scale0 = _weight_scale(ptr0 + group * stride_wk, own, first < WEIGHT_ROWS)
-                next_scale1 = _weight_scale(ptr1 + group * stride_wk, own, second < WEIGHT_ROWS)
-                if CUT != _GROUP:
-                    next_scale2 = _weight_scale(ptr2 + group * stride_wk, own, second + CUT < WEIGHT_ROWS)
+                if not LEAN:
+                    next_scale1 = _weight_scale(ptr1 + group * stride_wk, own, second < WEIGHT_ROWS)
             else:
                 factor = factor1[:, None]
                 if CUT != _GROUP:
                     factor = gl.where(before_cut, factor, factor2[:, None])
                 acc1 += partial * factor
                 factor0 = next_row_scale * next_scale0
-                factor1 = next_row_scale * next_scale1
-                if CUT != _GROUP:
-                    factor2 = next_row_scale * next_scale2
+                if LEAN:
+                    group = gl.minimum(turn // 2 + 1, K_STEPS - 1).to(gl.int64)
+                    next_scale1 = _weight_scale(ptr1 + group * stride_wk, own, second < WEIGHT_ROWS)
+                    if CUT != _GROUP:
+                        next_scale2 = _weight_scale(ptr2 + group * stride_wk, own, second + CUT < WEIGHT_ROWS)
+                else:
+                    factor1 = next_row_scale * next_scale1
                 if FENCE:
                     # cp.async writes through the generic proxy and wgmma reads through the async proxy; see pingpong.
                     fence_async_shared()
         mbarrier.arrive(weights_empty.index(WEIGHTS_FIRST + read_b), count=1)
         mbarrier.arrive(rows_empty.index(ROWS_FIRST + read_a), count=1)
-        _store_tile(acc0, acc1, out_smem.index(CONSUMER), out_desc, epilogue, expert, row, block_n, first, second, N,
-                    GATED, INTERLEAVED, ACTIVATION, HAS_LIMIT, DTYPE)  # fmt: skip
+        if LEAN:
+            row += _zero(a)
+        store_groups(acc0, acc1, out_smem.index(CONSUMER), out_desc, epilogue, expert, row, block_n, first, second, N,
+                     GATED, INTERLEAVED, ACTIVATION, HAS_LIMIT, DTYPE)  # fmt: skip
         step += STRIDE
+        if LEAN:
+            num_m = gl.load(num_padded_ptr) // BLOCK_M
         number, block_m, block_n = tile(step, num_m, NUM_N, GROUP_M)
     tma.store_wait(0)
+
+
+@gluon.jit
+def _zero(stage):
+    """0, from a stage: the compiler, which does not know, takes nothing that it is added to out of the loop."""
+    return stage >> 31
 
 
 @gluon.jit
@@ -280,56 +302,6 @@ def _weight_scale(ptr, own, exists):
     a load at once, instead of a K step later.
     """
     return gl.load(ptr + own, mask=exists, other=0.0).to(gl.float32)
-
-
-@gluon.jit
-def _store_tile(acc0, acc1, out_smem, out_desc, epilogue, expert, row, block_n, first, second, N: gl.constexpr,
-                GATED: gl.constexpr, INTERLEAVED: gl.constexpr, ACTIVATION: gl.constexpr, HAS_LIMIT: gl.constexpr,
-                DTYPE: gl.constexpr):  # fmt: skip
-    """Routing weight, bias and activation of a tile in registers; then its columns, quantised in the up GEMM."""
-    (sorted_routes_ptr, tile_experts_ptr, num_routes, bias_ptr, stride_be, router_weights_ptr, act_scale_ptr, stride_am,
-     stride_ag, alpha, limit) = epilogue  # fmt: skip
-    act_scales = (act_scale_ptr, stride_am, stride_ag)
-    WEIGHT_ROWS: gl.constexpr = 2 * N if GATED else N
-    if router_weights_ptr is not None:
-        rows = row + gl.arange(0, acc0.shape[0], gl.SliceLayout(1, acc0.type.layout))
-        routes = gl.load(sorted_routes_ptr + rows)
-        weights = gl.load(router_weights_ptr + routes, mask=routes < num_routes, other=0.0).to(gl.float32)
-        acc0 *= weights[:, None]
-        acc1 *= weights[:, None]
-    if bias_ptr is not None:
-        bias_ptr += expert.to(gl.int64) * stride_be
-    channels = (None, bias_ptr)
-    if not GATED:
-        for half in gl.static_range(2):
-            y = affine(acc1 if half else acc0, channels, second if half else first, WEIGHT_ROWS)
-            if ACTIVATION is None:
-                left, right = halves(y)
-                store_box(left, out_smem, out_desc, row, (2 * block_n + half) * _GROUP)
-                store_box(right, out_smem, out_desc, row, (2 * block_n + half) * _GROUP + _GROUP // 2)
-            else:
-                left, right = halves(y)
-                left = nonlinearity(left, ACTIVATION, alpha).to(DTYPE)
-                right = nonlinearity(right, ACTIVATION, alpha).to(DTYPE)
-                store_group(left, right, out_smem, out_desc, act_scales, row, 2 * block_n + half, N)
-    else:
-        MIDDLE: gl.constexpr = _GROUP // 2
-        for side in gl.static_range(2):
-            if INTERLEAVED:
-                pairs = affine(acc1 if side else acc0, channels, second if side else first, WEIGHT_ROWS)
-                gate, up = pairs.reshape((acc0.shape[0], MIDDLE, 2)).split()
-            else:
-                gate = affine(halves(acc0)[side], channels, first + side * MIDDLE, WEIGHT_ROWS)
-                up = affine(halves(acc1)[side], channels, second + side * MIDDLE, WEIGHT_ROWS)
-            # Rounded at once, the first side takes half the registers beside the second.
-            y = activate_gated(gate, up, ACTIVATION, HAS_LIMIT, alpha, limit).to(DTYPE)
-            if N % _GROUP != 0:
-                # Gate rows past the last one are rows of the up half, which are not for the maximum.
-                columns = block_n * _GROUP + side * MIDDLE + gl.arange(0, MIDDLE, gl.SliceLayout(0, y.type.layout))
-                y = gl.where((columns < N)[None, :], y, 0.0)
-            if side == 0:
-                left = y
-        store_group(left, y, out_smem, out_desc, act_scales, row, block_n, N)
 
 
 @gluon.jit(do_not_specialize=[

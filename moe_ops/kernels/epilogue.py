@@ -5,10 +5,14 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, tma
 
+from moe_ops.kernels.activation import activate_gated, nonlinearity
 from moe_ops.kernels.compat import block_barrier, tma_store
 
 _LARGEST_FLOAT = gl.constexpr(3.4028234663852886e38)
 _SMALLEST_NORMAL = gl.constexpr(1.1754943508222875e-38)
+# Rows of block-scaled weights come in multiples of it. What depends on a unit alone is the same for all threads:
+# columns by themselves would be kept in registers, one for each unit, while the accumulators need them.
+_UNIT = gl.constexpr(16)
 
 
 @gluon.jit
@@ -69,3 +73,63 @@ def store_group(left, right, out_smem, out_desc, act_scales, row, group, N: gl.c
              mask=(rows >= 0) & (group < triton.cdiv(N, 2 * left.shape[1])))  # fmt: skip
     store_box(quantize(left, scale[:, None]), out_smem, out_desc, row, group * 2 * left.shape[1])
     store_box(quantize(right, scale[:, None]), out_smem, out_desc, row, group * 2 * left.shape[1] + left.shape[1])
+
+
+@gluon.jit
+def _biased(x, bias_ptr, column, N: gl.constexpr):
+    """x + bias[column...] in fp32; columns from N on, a multiple of `_UNIT` as `column` is, do not exist."""
+    if bias_ptr is not None:
+        columns = gl.arange(0, x.shape[1], gl.SliceLayout(0, x.type.layout))
+        exist = column + columns // _UNIT * _UNIT < N
+        x += gl.load(bias_ptr + column + columns, mask=exist, other=0.0).to(gl.float32)[None, :]
+    return x
+
+
+@gluon.jit
+def store_groups(acc0, acc1, out_smem, out_desc, epilogue, expert, row, block_n, first, second, N: gl.constexpr,
+                 GATED: gl.constexpr, INTERLEAVED: gl.constexpr, ACTIVATION: gl.constexpr, HAS_LIMIT: gl.constexpr,
+                 DTYPE: gl.constexpr):  # fmt: skip
+    """A tile of the block-scaled kernel: routing weight, bias and activation; its columns, quantised in the up GEMM."""
+    (sorted_routes_ptr, tile_experts_ptr, num_routes, bias_ptr, stride_be, router_weights_ptr, act_scale_ptr, stride_am,
+     stride_ag, alpha, limit) = epilogue  # fmt: skip
+    act_scales = (act_scale_ptr, stride_am, stride_ag)
+    GROUP: gl.constexpr = acc0.shape[1]
+    WEIGHT_ROWS: gl.constexpr = 2 * N if GATED else N
+    if router_weights_ptr is not None:
+        rows = row + gl.arange(0, acc0.shape[0], gl.SliceLayout(1, acc0.type.layout))
+        routes = gl.load(sorted_routes_ptr + rows)
+        weights = gl.load(router_weights_ptr + routes, mask=routes < num_routes, other=0.0).to(gl.float32)
+        acc0 *= weights[:, None]
+        acc1 *= weights[:, None]
+    if bias_ptr is not None:
+        bias_ptr += expert.to(gl.int64) * stride_be
+    if not GATED:
+        for half in gl.static_range(2):
+            y = _biased(acc1 if half else acc0, bias_ptr, second if half else first, WEIGHT_ROWS)
+            if ACTIVATION is None:
+                left, right = halves(y)
+                store_box(left, out_smem, out_desc, row, (2 * block_n + half) * GROUP)
+                store_box(right, out_smem, out_desc, row, (2 * block_n + half) * GROUP + GROUP // 2)
+            else:
+                left, right = halves(y)
+                left = nonlinearity(left, ACTIVATION, alpha).to(DTYPE)
+                right = nonlinearity(right, ACTIVATION, alpha).to(DTYPE)
+                store_group(left, right, out_smem, out_desc, act_scales, row, 2 * block_n + half, N)
+    else:
+        MIDDLE: gl.constexpr = GROUP // 2
+        for side in gl.static_range(2):
+            if INTERLEAVED:
+                pairs = _biased(acc1 if side else acc0, bias_ptr, second if side else first, WEIGHT_ROWS)
+                gate, up = pairs.reshape((acc0.shape[0], MIDDLE, 2)).split()
+            else:
+                gate = _biased(halves(acc0)[side], bias_ptr, first + side * MIDDLE, WEIGHT_ROWS)
+                up = _biased(halves(acc1)[side], bias_ptr, second + side * MIDDLE, WEIGHT_ROWS)
+            # Rounded at once, the first side takes half the registers beside the second.
+            y = activate_gated(gate, up, ACTIVATION, HAS_LIMIT, alpha, limit).to(DTYPE)
+            if N % GROUP != 0:
+                # Gate rows past the last one are rows of the up half, which are not for the maximum.
+                within = gl.arange(0, MIDDLE, gl.SliceLayout(0, y.type.layout)) // _UNIT * _UNIT
+                y = gl.where((block_n * GROUP + side * MIDDLE + within < N)[None, :], y, 0.0)
+            if side == 0:
+                left = y
+        store_group(left, y, out_smem, out_desc, act_scales, row, block_n, N)

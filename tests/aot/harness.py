@@ -4,16 +4,16 @@ The backends run unchanged on CPU tensors; a stand-in driver names the target an
 (`JITFunction.warmup`). What is checked is therefore what ships: grids, arguments and descriptors included.
 """
 
-import os
+import io
 import re
-import subprocess
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 
 import torch
 import triton
+from triton import knobs
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
@@ -29,6 +29,10 @@ DEVICES = {
     100: Device("cuda", "B200", (10, 0), 148, 227 * KIB, triton.__version__, True),
     120: Device("cuda", "RTX 5090", (12, 0), 170, 99 * KIB, triton.__version__, True),
 }
+# The reports of Triton's assembler, by the kernels' hashes, and a cache for this process: every Triton has options of
+# its own for the assembler, which assembling here would not have, and a kernel from an older cache has no report.
+_logs: dict[str, str] = {}
+_cache = tempfile.TemporaryDirectory(prefix="moe_ops_aot_")
 
 
 @dataclass(frozen=True)
@@ -63,14 +67,24 @@ def compiling(arch: int) -> Iterator[list]:
     previous_driver, previous_getitem = driver._active, JITFunction.__getitem__
 
     def getitem(self, grid):
-        return lambda *args, **kwargs: launches.append((self, self.warmup(*args, grid=grid, **kwargs)))
+        def launch(*args, **kwargs):
+            with redirect_stdout(io.StringIO()) as log:
+                kernel = self.warmup(*args, grid=grid, **kwargs)
+            # What comes from the cache was compiled in this process, and says nothing the second time.
+            _logs.setdefault(kernel.hash, log.getvalue())
+            launches.append((self, kernel))
+
+        return launch
 
     # Kernels are cached per device number, and every architecture here is device 0.
     _forget_kernels()
     driver.set_active(TargetDriver(arch))
     JITFunction.__getitem__ = getitem
     try:
-        yield launches
+        with knobs.nvidia.scope(), knobs.cache.scope():
+            knobs.nvidia.dump_ptxas_log = True
+            knobs.cache.dir = _cache.name
+            yield launches
     finally:
         JITFunction.__getitem__ = previous_getitem
         driver._active = previous_driver
@@ -101,29 +115,10 @@ def compile_call(args: Arguments, arch: int) -> dict[str, Compiled]:
 def report(name: str, kernel) -> Compiled:
     """What there is to know about a kernel from its code and from the assembler."""
     ptx = kernel.asm["ptx"]
-    target = re.search(r"\.target (\S+?)[,\s]", ptx).group(1)
-    with tempfile.TemporaryDirectory() as folder:
-        path = os.path.join(folder, "kernel.ptx")
-        with open(path, "w") as file:
-            file.write(ptx)
-        log = _assemble(path, target)
+    log = _logs[kernel.hash]
     spills = sum(int(n) for n in re.findall(r"(\d+) bytes spill", log))
-    registers = max((int(n) for n in re.findall(r"Used (\d+) registers", log)), default=0)
+    registers = max(int(n) for n in re.findall(r"Used (\d+) registers", log))
     return Compiled(name, ptx, kernel.metadata.shared, spills, registers, "instructions are serialized" in log)
-
-
-def _assemble(path: str, target: str) -> str:
-    """The report of one of the two assemblers Triton bundles; only one of them may know the PTX version."""
-    folder = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin")
-    log = ""
-    for name in ("ptxas", "ptxas-blackwell"):
-        if os.path.exists(os.path.join(folder, name)):
-            command = [os.path.join(folder, name), "-v", f"--gpu-name={target}", path, "-o", f"{path}.cubin"]
-            result = subprocess.run(command, capture_output=True, text=True)
-            if result.returncode == 0:
-                return result.stderr
-            log += result.stderr
-    raise RuntimeError(f"no bundled assembler accepts the PTX for {target}: {log}")
 
 
 def make_call(num_tokens=64, hidden=512, intermediate=256, experts=8, top_k=2, dtype=torch.bfloat16, **options):

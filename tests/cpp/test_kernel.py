@@ -23,8 +23,6 @@ from moe_ops.testing.strategies import assert_result, build, calls
 from tests.cases import OPTIONS, SMALL, option_case
 from tests.fuzz import drawing
 
-pytestmark = pytest.mark.xdist_group("cpp")
-
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 EXAMPLES = int(os.environ.get("MOE_OPS_FUZZ_EXAMPLES", "60"))
 # Checks an option case through the library in sys.argv[1].

@@ -5,8 +5,7 @@ import shutil
 import pytest
 
 from scripts import build_cpp
-
-pytestmark = pytest.mark.xdist_group("cpp")
+from tests.amount import in_full
 
 LOAD = "import sys, torch\ntorch.ops.load_library(sys.argv[1])\n"
 # Whether the op's CPU kernel is Python's, which alone takes quantised weights, and that it is right.
@@ -87,6 +86,7 @@ except ImportError as error:
     assert "another version of moe_ops" in message and "build it again" in message
 
 
+@in_full
 @pytest.mark.skipif(shutil.which("cmake") is None, reason="no CMake: the library is also built by one g++ command")
 def test_cmake(built, tmp_path, run_command, run_python):
     torch_root, source = build_cpp.torch_root(), build_cpp.SOURCES

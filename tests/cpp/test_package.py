@@ -5,18 +5,20 @@ import sys
 import pytest
 import torch
 
+from tests.amount import in_full
 from tests.cpp.conftest import ROOT, run
-
-pytestmark = pytest.mark.xdist_group("cpp")
+from tests.shared import made_once
 
 
 @pytest.fixture(scope="module")
 def package(tmp_path_factory):
     """The folder with what the example writes."""
-    folder = tmp_path_factory.mktemp("package")
-    done = run(sys.executable, ROOT / "examples" / "package_for_cpp.py", "--out", folder)
-    assert done.returncode == 0, done.stderr
-    return folder
+
+    def make(folder):
+        done = run(sys.executable, ROOT / "examples" / "package_for_cpp.py", "--out", folder)
+        assert done.returncode == 0, done.stderr
+
+    return made_once(tmp_path_factory, "package", make)
 
 
 @pytest.fixture
@@ -98,6 +100,7 @@ with torch.no_grad():
 """
 
 
+@in_full
 def test_every_option(built, tmp_path, run_python):
     run_python(OPTIONS, tmp_path)
     command = (built.runner, tmp_path / "options.pt2", tmp_path / "inputs.pt", "--library", built.library)

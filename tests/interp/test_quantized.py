@@ -4,23 +4,29 @@ import pytest
 import torch
 
 from moe_ops.testing import assert_correct, assert_exact, override, poisoned_memory
+from moe_ops.tuning import TileConfig
+from tests.amount import ALL
 from tests.cases import OPTIONS, run
 from tests.quantized import FORMATS, hard_rows, one_hot_case, quantized_case, with_options
 
 RUNS = {"classic": ("classic", "sorted"), "tma": ("tma", "sorted"), "direct": ("classic", "direct")}
 KINDS = pytest.mark.parametrize("kind", RUNS)
+# Formats that always have the heuristic's tiles without a sort; see test_paths.
+OWN_TILES = ("fp8_block", "int4_zero_points")
+WIDE = TileConfig(1, 64, 128)
 
 
-def forced(kind: str):
+def forced(kind: str, config: TileConfig | None = None):
     path, variant = RUNS[kind]
-    return override(path=path, variant=variant)
+    return override(path=path, variant=variant, config=config)
 
 
 @KINDS
 @pytest.mark.parametrize("name", FORMATS)
 def test_format(name, kind):
     args = quantized_case(name, torch.float16, num_tokens=1 if kind == "direct" else 9)
-    with forced(kind), poisoned_memory():
+    config = None if ALL or kind != "direct" or name in OWN_TILES else WIDE
+    with forced(kind, config), poisoned_memory():
         out = run(args)
     assert_correct(out, args)
 
@@ -39,7 +45,7 @@ def test_option(name, option):
 @pytest.mark.parametrize("quantization", ["int4_w4a16", "mxfp4_w4a16"])
 def test_every_code_in_every_place(quantization, kind):
     args = one_hot_case(quantization, torch.float16, num_tokens=16 if kind == "direct" else 64)
-    with forced(kind), poisoned_memory():
+    with forced(kind, None if ALL or kind != "direct" else WIDE), poisoned_memory():
         out = run(args)
     assert_exact(out, args)
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from tests.amount import in_full
 from tests.blocks import Calls, TransformerBlock, assert_block, assert_calls, dynamic_tokens
 from tests.ops.saved import run_saved
 
@@ -37,6 +38,7 @@ def test_package(tmp_path):
             assert_calls(module.calls, calls, given[1:], packaged=True)
 
 
+@in_full
 def test_the_page_of_docs(tmp_path, monkeypatch, capsys):
     """Here, and not in a file of its own: a process that has packaged once has its C++ compiler looked over."""
     text = (Path(__file__).parents[2] / "docs" / "compile.md").read_text()

@@ -1,13 +1,21 @@
-"""The CPU backend at its edges. The general numeric tests are elsewhere."""
+"""The CPU backend at its edges, and drawn calls. The general numeric tests are elsewhere."""
+
+import os
 
 import pytest
 import torch
+from hypothesis import given
 
 import moe_ops  # noqa: F401  (registers the op)
 from moe_ops.backends import cpu
 from moe_ops.problem import Arguments
 from moe_ops.reference import fused_moe_reference
+from moe_ops.testing import assert_correct, emulate, errors, poisoned_memory
+from moe_ops.testing.strategies import assert_result, build, calls
+from tests.cases import option_case, run
+from tests.fuzz import drawing
 
+EXAMPLES = int(os.environ.get("MOE_OPS_FUZZ_EXAMPLES", "60"))
 H, I = 64, 48  # noqa: E741
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # Relative to 1 + |expected|: three roundings in 16 bits.
@@ -99,7 +107,39 @@ def test_every_way_to_multiply(dtype, threads, has_product, monkeypatch):
     monkeypatch.setattr(cpu, "_WEIGHTS_TO_SPLIT", 1)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     inputs = make(40, 4, 2, dtype)
+    check(inputs, w1_bias=torch.randn(4, 2 * I).to(dtype), w2_bias=torch.randn(4, H).to(dtype))
     check(inputs)
     inputs[1] = inputs[1].transpose(1, 2).contiguous().transpose(1, 2)  # N-major
     inputs[2] = torch.stack([inputs[2], torch.full_like(inputs[2], float("nan"))], -1)[..., 0]  # no stride of 1
     check(inputs)
+
+
+@pytest.mark.parametrize("num_tokens", [1, 21])
+@pytest.mark.parametrize("has_product", [False, True])
+@pytest.mark.parametrize("bias_dtype", [None, torch.float32], ids=["its own", "float32"])
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+def test_down_output_is_rounded_once_after_its_bias(dtype, bias_dtype, has_product, num_tokens, monkeypatch):
+    monkeypatch.setattr(cpu, "_has_product", lambda dtype: has_product)
+    sizes = {"num_tokens": num_tokens, "hidden": 256, "activation": "relu2_no_gate"}
+    args = option_case("router_weight_on_input", dtype, **sizes)
+    args.w2_bias = args.w2_bias.to(bias_dtype or dtype)
+    got = assert_correct(run(args), args, round_up_projection=True)
+    # A second rounding shows in a fifth more.
+    assert got.rms < 1.05 * errors(emulate(args, round_up_projection=True), fused_moe_reference(args)).rms
+
+
+def test_drawn_calls():
+    """Sizes, options and layouts of every tensor; a failure prints a call that `build` makes again."""
+
+    @drawing(EXAMPLES * 3, 1, same_up_to=900)
+    @given(calls(tma=False, dtypes=tuple(DTYPES), max_tokens=40))
+    def holds(call):
+        args = build(call)
+        with poisoned_memory():
+            out = run(args)
+        if args.hidden_states.dtype == torch.float32 or not (fused_moe_reference(args) != 0).any():
+            assert_result(out, args)
+        else:
+            assert_correct(out, args, round_up_projection=True)
+
+    holds()
