@@ -10,6 +10,7 @@ import torch
 from moe_ops.aot.calls import call_text
 from moe_ops.arguments import Arguments
 from moe_ops.cli.calls import SHAPES, parse_shape
+from moe_ops.cli.options import UsageError
 from moe_ops.devices import Device
 
 # What dispatch has to know of the devices of an architecture: their name, and shared memory of a block.
@@ -57,7 +58,9 @@ def run(options: argparse.Namespace) -> int:
         try:
             text = shape if "=" in shape else call_text(_plain_call(shape, getattr(torch, options.dtype)))
             path = write_table(options.out, text, *options.tokens, device)
-        except (ValueError, TypeError, RuntimeError) as error:
+        except (ValueError, TypeError) as error:
+            raise UsageError(f"--shapes {shape}: {error}") from error
+        except RuntimeError as error:
             print(f"error: {error}", file=sys.stderr)
             return 1
         print(f"{path}  {time.perf_counter() - start:.0f} s  {text}", flush=True)

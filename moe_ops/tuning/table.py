@@ -1,7 +1,6 @@
 """Tables of tuned tiles: a JSON file for each bucket, with an entry for each number of tokens that was tuned."""
 
 import json
-import math
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from moe_ops.tuning.variants import VARIANTS
 
 SCHEMA = 1
 # Numbers of tokens further apart than this factor say nothing of each other.
-_REACH = 2.0
+_REACH = 2
 _MAX_ENTRIES = 256
 _MAX_SIZE = 1 << 24
 _MADE = ("moe_ops", "torch", "triton", "date")
@@ -69,13 +68,23 @@ class Table:
     foreign: bool = False
 
     def near(self, tokens: int) -> Entry | None:
-        """The entry whose number of tokens is nearest, as a ratio; None if that is more than 2 either way."""
-        best, distance = None, math.log(_REACH) + 1e-9
-        for entry in self.entries if tokens > 0 else ():
-            ratio = abs(math.log(entry.tokens / tokens))
-            if ratio < distance:
-                best, distance = entry, ratio
-        return best
+        """The entry whose number of tokens is nearest, as a ratio; None if that is more than 2 either way.
+
+        In comparisons of integers alone, so that launches compiled ahead of time can have the number as a symbol.
+        """
+        below = above = None
+        for entry in self.entries:
+            if entry.tokens <= tokens:
+                below = entry
+            elif above is None:
+                above = entry
+        if below is not None and _REACH * below.tokens < tokens:
+            below = None
+        if above is not None and above.tokens > _REACH * tokens:
+            above = None
+        if below is None or above is None:
+            return below or above
+        return below if tokens * tokens <= below.tokens * above.tokens else above
 
     def merged(self, newer: "Table") -> "Table":
         """This table with the entries of a newer one in the place of its own."""

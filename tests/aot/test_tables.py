@@ -4,6 +4,7 @@ That the launches are Python's is held by tests/cpp/test_cuda.py, which asks the
 """
 
 import re
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -12,11 +13,15 @@ import torch
 from moe_ops.aot.calls import call_text, parse_call
 from moe_ops.aot.counts import Trace
 from moe_ops.aot.cubin import parameter_sizes
+from moe_ops.aot.recording import record
 from moe_ops.aot.table import entries, write_table
 from moe_ops.backends import tma
 from moe_ops.cli import main
 from moe_ops.dispatch import make_plan
 from moe_ops.problem import make_problem
+from moe_ops.tuning import lookup
+from moe_ops.tuning.bucket import bucket_of, device_folder
+from moe_ops.tuning.table import Entry, Table, dump_table
 from tests.aot.harness import DEVICES, compiling, make_call
 
 DEVICE = DEVICES[90]
@@ -86,9 +91,31 @@ def test_bad_texts(text, words):
 def test_paths_without_tables(capsys, tmp_path):
     """What takes another path in Python is not compiled, and the command says why."""
     text = call_text(make_call(1, **SMALL, dtype=torch.float32))
-    assert main(["aot", "--shapes", text, "--out", str(tmp_path / "new")]) == 1
+    assert main(["aot", "--shapes", text, "--out", str(tmp_path / "new")]) == 2
     assert not (tmp_path / "new").exists()
     assert "only 'tma' is compiled ahead of time" in capsys.readouterr().err
+
+
+def test_tuned_tiles(tmp_path, monkeypatch):
+    """They count ahead of time as well, and bound the entries where they begin and end."""
+    monkeypatch.setenv("MOE_OPS_CONFIG_DIR", str(tmp_path))
+    args = make_call(64, **SMALL)
+    bucket = bucket_of(make_problem(args), "tma")
+    tiles = lookup.heuristic_tiles(make_problem(args), DEVICE, "tma")
+    tuned = replace(tiles, down=replace(tiles.down, num_stages=tiles.down.num_stages - 1))
+    folder = tmp_path / device_folder(DEVICE.name)
+    folder.mkdir()
+    (folder / bucket.file_name).write_text(dump_table(Table(bucket, DEVICE.name, (Entry(64, tuned, 0.1, 0.2),))))
+    lookup.forget()
+    try:
+        for num_tokens in (33, 64, 100, 300):
+            call = record(make_call(num_tokens, **SMALL), DEVICE)
+            plan = make_plan(make_problem(make_call(num_tokens, **SMALL)), DEVICE)
+            assert call.plan.down == plan.down and call.plan.source == plan.source
+        assert record(args, DEVICE).plan.down == tuned.down
+        assert not record(args, DEVICE).trace.holds(300)
+    finally:
+        lookup.forget()
 
 
 def test_parameters_are_those_of_the_ptx():
