@@ -1,6 +1,7 @@
 """`python -m moe_ops env`: versions, the device, and which paths are available or why not."""
 
 import argparse
+import ctypes
 import importlib.metadata
 import json
 import platform
@@ -68,11 +69,12 @@ def versions() -> dict[str, str | None]:
 
 def driver_version() -> str | None:
     """The newest CUDA that the driver knows, as "13.0"; None without a driver."""
+    number = ctypes.c_int()
     try:
-        number = torch._C._cuda_getDriverVersion()
-    except (AttributeError, RuntimeError):  # a torch without CUDA, or no driver
+        status = ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(number))
+    except (OSError, AttributeError):
         return None
-    return f"{number // 1000}.{number % 1000 // 10}" if number else None
+    return f"{number.value // 1000}.{number.value % 1000 // 10}" if status == 0 else None
 
 
 def _current() -> Device:

@@ -21,9 +21,10 @@ from moe_ops.tuning.foreign import foreign_names, load_foreign
 from moe_ops.tuning.obstacles import tuned_obstacle
 from moe_ops.tuning.table import Entry, Table, Tiles, dump_table, load_table
 from moe_ops.tuning.variants import choose_variant, variant_obstacle
-from tests.unit.test_dispatch import A100, B200, GPUS, H200, INTERPRETER, RTX_4090, by_name, problem
+from tests.unit.test_dispatch import A100, B200, GPUS, H100, H200, INTERPRETER, RTX_4090, by_name, problem
 from tests.unit.test_house import ROOT
 
+CONFIGS = lookup.PACKAGED
 BF16, FP16 = torch.bfloat16, torch.float16
 SIZES = (8, 2, 256, 1024)
 BUCKET = Bucket(8, 256, 1024, 2, "bfloat16", "none", "tma")
@@ -54,6 +55,23 @@ def write(folder, table=TABLE, text=None, device="H200"):
 
 
 # Files.
+
+
+def test_packaged_tables():
+    """Each is where it is looked for, and on its device every entry is taken."""
+    found = [file for file in CONFIGS.rglob("*") if file.is_file()]
+    assert found
+    for file in found:
+        table = load_table(file)
+        assert file == CONFIGS / device_folder(table.device) / table.bucket.file_name
+        device = replace(H100, name=table.device)
+        for entry in table.entries:
+            if entry.tiles is not None and table.bucket.format == "none":
+                b = table.bucket
+                sizes = b.experts, b.top_k, b.hidden, b.intermediate
+                problem = describe_call(sizes, entry.tokens, getattr(torch, b.dtype))
+                tiles = entry.tiles
+                assert tuned_obstacle(problem, device, b.path, tiles.variant, tiles.up, tiles.down) is None
 
 
 def test_a_table_comes_back(tmp_path):
