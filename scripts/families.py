@@ -18,7 +18,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
@@ -30,11 +30,11 @@ import moe_ops.integrations.transformers as integration  # noqa: E402
 from moe_ops.integrations.translate import options_of  # noqa: E402
 
 TOLERANCE = 1e-4
-_MOST_PARAMETERS = 10_000_000
+_MOST_PARAMETERS = 5_000_000
 _EXPERTS, _TOP_K, _LAYERS, _HIDDEN, _SIZE, _HEAD = 8, 3, 2, 32, 16, 8
 # Fields of configurations and the value that makes a model tiny; what a configuration does not have is left out.
 _TINY = (
-    (64, "vocab_size router_hidden_size"),
+    (64, "vocab_size unpadded_vocab_size router_hidden_size"),
     (_HIDDEN, "hidden_size moe_hidden_size dense_intermediate_size"),
     (_SIZE, "intermediate_size moe_intermediate_size shared_expert_intermediate_size shared_intermediate_size"),
     (_SIZE, "moe_shared_expert_intermediate_size shared_experts_intermediate_size index_head_dim o_lora_rank"),
