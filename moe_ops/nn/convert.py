@@ -18,6 +18,10 @@ _RENAMED = (
     (r"experts\.down_proj_bias", "experts.w2_bias"),
     (r"experts\.(?:gate_up_proj|up_proj)_scale_inv", "experts.w1_scale"),
     (r"experts\.down_proj_scale_inv", "experts.w2_scale"),
+    (r"experts\.gate_up_proj_blocks", "experts.w1"),
+    (r"experts\.down_proj_blocks", "experts.w2"),
+    (r"experts\.gate_up_proj_scales", "experts.w1_scale"),
+    (r"experts\.down_proj_scales", "experts.w2_scale"),
 )
 _OF_ONE_EXPERT = re.compile(r"experts\.(\d+)\.(\w+)\.(weight|bias|weight_scale_inv)")
 # Mixtral's checkpoints count the projections.
@@ -39,6 +43,7 @@ def convert_hf_state_dict(
     experts.up_proj (no gate)                           experts.w1
     experts.gate_up_proj_bias, experts.down_proj_bias   experts.w1_bias, experts.w2_bias
     experts.gate_up_proj_scale_inv, ...                 experts.w1_scale, experts.w2_scale
+    experts.gate_up_proj_blocks, ..._scales, ...        experts.w1, experts.w1_scale, ... (mxfp4)
     experts.3.gate_proj.weight, experts.3.w1.weight     rows of experts.w1, above those of up_proj, w3
     experts.3.down_proj.weight, experts.3.w2.weight     experts.w2[3]
     shared_expert.*, shared_experts.*                   shared_expert.*
@@ -50,7 +55,8 @@ def convert_hf_state_dict(
     Args:
         state_dict: names and tensors; only names that start with `prefix` are read.
         prefix: of the block, such as "model.layers.0.mlp.".
-        transposed: `experts.gate_up_proj` is [E, H, 2 * I] and `experts.down_proj` [E, I, H], as gpt-oss's are.
+        transposed: `experts.gate_up_proj` is [E, H, 2 * I] and `experts.down_proj` [E, I, H], as those of
+            transformers' gpt-oss are.
 
     Returns:
         Names and tensors for `MoELayer.load_state_dict`.
@@ -86,7 +92,11 @@ def convert_hf_state_dict(
             )
         if new == "correction_bias":
             tensor = tensor.float()
-        converted[new] = tensor.transpose(1, 2) if transposed and new in ("experts.w1", "experts.w2") else tensor
+        if name.endswith("_blocks"):
+            tensor = tensor.flatten(-2)
+        elif transposed and new in ("experts.w1", "experts.w2"):
+            tensor = tensor.transpose(1, 2)
+        converted[new] = tensor
     return converted | _stacked(apart)
 
 

@@ -12,6 +12,7 @@ from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeSparseMoeBl
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
 
 from moe_ops.nn import FusedExperts, MoELayer, convert_hf_state_dict
+from moe_ops.quantization import quantize_weights
 from tests.integrations import test_fp8 as fp8
 from tests.integrations.test_transformers import (
     EXPERTS,
@@ -112,6 +113,22 @@ def test_state_dict_of_fp8_experts():
             one_by_one[f"experts.{i}.{name}.weight_scale_inv"] = converted[f"experts.{ours}_scale"][i]
     for name, tensor in convert_hf_state_dict(one_by_one).items():
         assert torch.equal(tensor.view(torch.uint8), converted[name].view(torch.uint8))
+
+
+def test_state_dict_of_mxfp4_experts():
+    """As gpt-oss's checkpoint has them."""
+    state, made = {}, {}
+    for name, rows, columns in (("gate_up_proj", 2 * INTERMEDIATE, HIDDEN), ("down_proj", HIDDEN, INTERMEDIATE)):
+        made[name] = quantize_weights(torch.randn(EXPERTS, rows, columns), "mxfp4_w4a16")
+        blocks = made[name].weight.view(EXPERTS, rows, -1, 16) if columns % 32 == 0 else made[name].weight[:, :, None]
+        state |= {f"experts.{name}_blocks": blocks, f"experts.{name}_scales": made[name].scale}
+        state[f"experts.{name}_bias"] = torch.randn(EXPERTS, rows)
+    options = {"bias": True, "activation": "swigluoai", "gate_up_layout": "interleaved", "quantization": "mxfp4_w4a16"}
+    layer = MoELayer(HIDDEN, INTERMEDIATE, EXPERTS, TOP_K, **options)
+    layer.load_state_dict(convert_hf_state_dict(state), strict=False)
+    assert torch.equal(layer.experts.w1, made["gate_up_proj"].weight)
+    assert torch.equal(layer.experts.w2_scale, made["down_proj"].scale)
+    assert torch.equal(layer.experts.w2_bias, state["experts.down_proj_bias"])
 
 
 @pytest.mark.parametrize("package", ("qwen3_moe", "gpt_oss", "nemotron_h", "deepseek_v4", "openai_privacy_filter"))
