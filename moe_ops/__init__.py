@@ -5,7 +5,7 @@ Importing it registers `torch.ops.moe_ops.*`; it imports neither Triton nor anyt
 
 __version__ = "0.1.0"
 
-from moe_ops import env
+from moe_ops import env, nn
 from moe_ops.api import explain, fused_moe, route, topk_route
 from moe_ops.dispatch import Plan
 from moe_ops.routing import Routing
@@ -13,4 +13,4 @@ from moe_ops.tuning import TileConfig
 
 env.set_log_level()
 
-__all__ = ["Plan", "Routing", "TileConfig", "__version__", "explain", "fused_moe", "route", "topk_route"]
+__all__ = ["Plan", "Routing", "TileConfig", "__version__", "explain", "fused_moe", "nn", "route", "topk_route"]

@@ -193,7 +193,8 @@ def _are_plain(keys: int, device: torch.device) -> bool:
 
 def _fused_moe_below_autograd(tensors: Sequence[Tensor | None], options: dict) -> Tensor:
     """The op below autograd: our kernel itself where nothing else can want the call, which saves a dispatch."""
-    plain = not torch._C._len_torch_dispatch_stack()
+    # Without hidden states the checks behind the dispatcher say so.
+    plain = tensors[0] is not None and not torch._C._len_torch_dispatch_stack()
     if plain:
         first = _keys(tensors[0])
         if first not in _plain_keys:

@@ -6,63 +6,20 @@ transformers' own "grouped_mm", which works with every experts module, and says 
 "moe_ops".
 """
 
-import functools
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from moe_ops.api import explain, fused_moe
 from moe_ops.dispatch import Plan
 from moe_ops.env import LOGGER
+from moe_ops.integrations.translate import biases_of, name_of, options_of, weights_of
 
 NAME = "moe_ops"
 FALLBACK = "grouped_mm"
 _FLOOR = (5, 17)
 _LOGGED: set[type] = set()
-
-# By name, so that importing this module imports neither transformers nor its models.
-_ACT_FNS = {
-    "torch.nn.functional.silu": "silu",
-    "torch.nn.modules.activation.SiLU": "silu",
-    "transformers.activations.SiLUActivation": "silu",
-    "transformers.activations.GELUActivation": "gelu",
-    "transformers.activations.GELUTanh": "gelu_tanh",
-    "transformers.activations.NewGELUActivation": "gelu_tanh",
-    "transformers.activations.FastGELUActivation": "gelu_tanh",
-    "transformers.activations.AccurateGELUActivation": "gelu_tanh",
-    "transformers.activations.ReLUSquaredActivation": "relu2",
-}
-_GATED = ("silu", "gelu", "gelu_tanh")
-_NOT_GATED = ("silu", "gelu", "relu2")
-
-
-@dataclass(frozen=True)
-class _Formula:
-    """What an experts module computes; `alpha` and `limit` name its attributes that hold them."""
-
-    activation: str | None = None  # None: what act_fn says.
-    concatenated: bool = True
-    alpha: str | None = None
-    limit: str | None = None
-
-
-_MODELS = "transformers.models"
-_GATES = {
-    "transformers.integrations.moe._default_apply_gate": _Formula(),
-    f"{_MODELS}.gpt_oss.modeling_gpt_oss.GptOssExperts._apply_gate": _Formula("swigluoai", False, "alpha", "limit"),
-    f"{_MODELS}.openai_privacy_filter.modeling_openai_privacy_filter.OpenAIPrivacyFilterExperts._apply_gate": _Formula(
-        "swigluoai", True, "alpha", "limit"
-    ),
-    f"{_MODELS}.minimax_m3_vl.modeling_minimax_m3_vl.MiniMaxM3VLExperts._apply_gate": _Formula(
-        "swigluoai", True, "swiglu_alpha", "swiglu_limit"
-    ),
-    f"{_MODELS}.deepseek_v4.modeling_deepseek_v4.DeepseekV4Experts._apply_gate": _Formula(limit="limit"),
-    f"{_MODELS}.hy_v4.modeling_hy_v4.HYV4Experts._apply_gate": _Formula("silu", limit="swiglu_limit"),
-    f"{_MODELS}.glm5_next.modeling_glm5_next.Glm5NextTextExperts._apply_gate": _Formula("silu", limit="swiglu_limit"),
-}
 
 
 def register() -> None:
@@ -72,7 +29,8 @@ def register() -> None:
     `model.set_experts_implementation("moe_ops")` accept the name, and `generate` and `torch.compile` work. It covers
     experts whose gate is transformers' default (with SiLU, GELU or its tanh form), gpt-oss's or the clamped SiLU of
     DeepSeek-V4, and experts without a gate (SiLU, GELU or squared ReLU), in any weight layout, with or without
-    biases. Other experts, those quantised to FP8 included, run transformers' "grouped_mm" and log why.
+    biases, and experts of FP8 checkpoints with a scale for each [128, 128] (`weight_scale_inv`). Others run
+    transformers' "grouped_mm" and log why. docs/models.md has the families.
 
     Hidden states and weights must share a dtype, and there is no backward: train with "grouped_mm".
 
@@ -99,7 +57,7 @@ def register() -> None:
 
     ExpertsInterface.register(NAME, experts_forward)
     # FP8 checkpoints look the same name up in an interface of their own, and a missing name is a KeyError there.
-    FP8ExpertsInterface.register(NAME, _fp8_experts_forward)
+    FP8ExpertsInterface.register(NAME, fp8_experts_forward)
 
 
 def experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -117,13 +75,29 @@ def experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor,
     Raises:
         TypeError, ValueError: as `moe_ops.fused_moe`, for example for hidden states and weights of different dtypes.
     """
-    options = _options(self, hidden_states)
-    if isinstance(options, str):
-        from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-        _log_fallback(type(self), options)
-        return ALL_EXPERTS_FUNCTIONS[FALLBACK](self, hidden_states, top_k_index, top_k_weights)
-    return fused_moe(hidden_states, *_weights(self), top_k_weights, top_k_index, *_biases(self), **options)
+    return _forward(self, hidden_states, top_k_index, top_k_weights, ALL_EXPERTS_FUNCTIONS)
+
+
+def fp8_experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """The same for an `FP8Experts` module, as transformers' `FP8ExpertsInterface` calls it.
+
+    Args:
+        self: a module of transformers' `FP8Experts`.
+        hidden_states: [T, H], bfloat16, float16 or float32.
+        top_k_index: as `experts_forward`.
+        top_k_weights: as `experts_forward`.
+
+    Returns:
+        [T, H], the dtype of `hidden_states`.
+
+    Raises:
+        TypeError, ValueError: as `moe_ops.fused_moe`.
+    """
+    from transformers.integrations.finegrained_fp8 import ALL_FP8_EXPERTS_FUNCTIONS
+
+    return _forward(self, hidden_states, top_k_index, top_k_weights, ALL_FP8_EXPERTS_FUNCTIONS)
 
 
 def plan_of(module: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Plan:
@@ -151,93 +125,28 @@ def plan_of(module: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k
         >>> plan_of(experts, torch.randn(3, 32), torch.zeros(3, 2, dtype=torch.int64), torch.ones(3, 2)).path
         'cpu'
     """
-    options = _options(module, hidden_states)
+    options = options_of(module, hidden_states.device)
     if isinstance(options, str):
-        raise ValueError(f"{_name(type(module))} runs transformers' {FALLBACK!r}, not the op: {options}")
-    return explain(hidden_states, *_weights(module), top_k_weights, top_k_index, *_biases(module), **options)
+        raise ValueError(f"{name_of(type(module))} runs transformers' {FALLBACK!r}, not the op: {options}")
+    return explain(hidden_states, *weights_of(module), top_k_weights, top_k_index, *biases_of(module), **options)
 
 
-def _options(module: nn.Module, hidden_states: Tensor) -> dict[str, object] | str:
-    """The options of the op that compute what the module does, or why there are none."""
-    if hidden_states.device.type not in ("cpu", "cuda", "meta"):
-        return f"there are no kernels for device type {hidden_states.device.type!r}"
-    for weight in _weights(module):
-        if type(weight) is not nn.Parameter and is_traceable_wrapper_subclass(weight):
-            return "its weights are of a tensor subclass, not plain tensors"
-    act_fn = getattr(module, "act_fn", None)
-    if isinstance(act_fn, nn.Module):
-        if act_fn._forward_hooks or act_fn._forward_pre_hooks:
-            return "its act_fn has hooks, which may change what it returns"
-        act_fn = type(act_fn)
-    if "_apply_gate" in module.__dict__:
-        return "its gate was replaced on the instance"
-    formula = _formula(type(module), module.has_gate, act_fn)
-    if isinstance(formula, str):
-        return formula
-    if module.has_gate and module.is_concatenated != formula.concatenated:
-        return f"is_concatenated is {module.is_concatenated}, which is not the order of the rows that its gate reads"
-    options = {"activation": formula.activation}
-    if not formula.concatenated:
-        options["gate_up_layout"] = "interleaved"
-    for option, attribute in (("activation_alpha", formula.alpha), ("activation_limit", formula.limit)):
-        if attribute is not None:
-            options[option] = float(getattr(module, attribute))
-    return options
+def _forward(
+    self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, functions: Mapping
+) -> Tensor:
+    options = options_of(self, hidden_states.device)
+    if isinstance(options, str):
+        _log_fallback(type(self), options)
+        return functions[FALLBACK](self, hidden_states, top_k_index, top_k_weights)
+    return fused_moe(hidden_states, *weights_of(self), top_k_weights, top_k_index, *biases_of(self), **options)
 
 
-# torch.compile does not see a function's name: marked so, this runs as it is, once, while a call is traced.
-@torch.compiler.assume_constant_result
-def _formula(cls: type, has_gate: bool, act_fn: Callable | type | None) -> _Formula | str:
-    return _known_formula(cls._apply_gate if has_gate else None, act_fn)
-
-
-@functools.cache
-def _known_formula(apply_gate: Callable | None, act_fn: Callable | type | None) -> _Formula | str:
-    """What a gate (None: there is none) and an activation function or its class compute, or why that is not known."""
-    activation = _ACT_FNS.get(_name(act_fn))
-    unknown_act_fn = f"the op does not have its activation {_name(act_fn)}"
-    if apply_gate is None:
-        return _Formula(f"{activation}_no_gate") if activation in _NOT_GATED else f"{unknown_act_fn} without a gate"
-    # A decorated function carries the name of the one inside.
-    formula = None if hasattr(apply_gate, "__wrapped__") else _GATES.get(_name(apply_gate))
-    if formula is None:
-        return f"its gate {_name(apply_gate)} is not known"
-    if formula.activation is not None:
-        return formula
-    if activation not in (_GATED if formula.limit is None else ("silu",)):
-        return f"{unknown_act_fn} with the gate {_name(apply_gate)}"
-    return replace(formula, activation=activation)
-
-
-def _weights(module: nn.Module) -> tuple[Tensor, Tensor]:
-    w1, w2 = module.gate_up_proj if module.has_gate else module.up_proj, module.down_proj
-    # Views: the op reads weights of either layout.
-    return (w1.transpose(1, 2), w2.transpose(1, 2)) if module.is_transposed else (w1, w2)
-
-
-def _biases(module: nn.Module) -> tuple[Tensor | None, Tensor | None]:
-    if not module.has_bias:
-        return None, None
-    return module.gate_up_proj_bias if module.has_gate else module.up_proj_bias, module.down_proj_bias
-
-
-def _fp8_experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    from transformers.integrations.finegrained_fp8 import ALL_FP8_EXPERTS_FUNCTIONS
-
-    _log_fallback(type(self), "its weights are quantised to FP8")
-    return ALL_FP8_EXPERTS_FUNCTIONS[FALLBACK](self, hidden_states, top_k_index, top_k_weights)
-
-
-def _name(thing: Callable | type | None) -> str:
-    return f"{getattr(thing, '__module__', '?')}.{getattr(thing, '__qualname__', thing)}"
-
-
-# Nor can torch.compile trace logging.
+# torch.compile cannot trace logging: marked so, this runs as it is, once, while a call is traced.
 @torch.compiler.assume_constant_result
 def _log_fallback(cls: type, reason: str) -> None:
     if cls not in _LOGGED:
         _LOGGED.add(cls)
-        LOGGER.warning("%s runs transformers' %r instead of the op: %s", _name(cls), FALLBACK, reason)
+        LOGGER.warning("%s runs transformers' %r instead of the op: %s", name_of(cls), FALLBACK, reason)
 
 
 def _require_transformers() -> None:

@@ -166,7 +166,7 @@ def check_scales(args: Arguments, scheme: Scheme, w1_rows: int) -> None:
                 ),
             )
     for which, rows, columns in (("w1", w1_rows, hidden), ("w2", hidden, intermediate)):
-        shape, form = _scale_shape(scheme, experts, rows, columns)
+        shape, form = scale_shape(scheme, experts, rows, columns)
         require_shape(f"{which}_scale", getattr(args, f"{which}_scale"), shape, form)
         if scheme.zero_points:
             half = -(-rows // 2) if scheme.packed else rows
@@ -188,7 +188,8 @@ def check_scales(args: Arguments, scheme: Scheme, w1_rows: int) -> None:
         )
 
 
-def _scale_shape(scheme: Scheme, experts: int, rows: int, columns: int) -> tuple[tuple[int, ...], str]:
+def scale_shape(scheme: Scheme, experts: int, rows: int, columns: int) -> tuple[tuple[int, ...], str]:
+    """The shape of a weight's scales, and how docs/quantization.md writes it."""
     if scheme.scale_rows == 0:
         return (experts,), "[E], a scale per tensor"
     if scheme.scale_columns == 0:

@@ -96,3 +96,27 @@ def test_quantize_experts_refuses_bad_options():
     pytest.importorskip("transformers", minversion="5.17")
     done = run(ROOT / "examples" / "quantize_experts.py", "--format", "int3")
     assert done.returncode == 2 and "invalid choice: 'int3'" in done.stderr
+
+
+def test_hf_generate():
+    pytest.importorskip("transformers", minversion="5.17")
+    example = ROOT / "examples" / "hf_generate.py"
+    done = run(example, "gpt_oss", "--device", "cpu", "--tokens", "5")
+    assert done.returncode == 0, done.stderr
+    eager, ours = (re.search(rf"^{name} .* tokens/s: (.*)$", done.stdout, re.M)[1] for name in ("eager", "moe_ops"))
+    assert eager == ours and eager.count(",") == 4
+    assert "(allowed: 1e-04); tokens: the same\n" in done.stdout
+
+    done = run("-c", BROKEN, example, "gpt_oss", "--device", "cpu", "--tokens", "5")
+    assert "logits differ by" in done.stdout and done.returncode == 1, done.stderr
+
+
+def test_hf_generate_says_why_not():
+    pytest.importorskip("transformers", minversion="5.17")
+    example = ROOT / "examples" / "hf_generate.py"
+    done = run(example, "inkling2", "--device", "cpu", "--tokens", "2")
+    assert done.returncode == 0 and "instead of the op: its gate transformers.models.inkling2" in done.stderr
+    done = run(example, "bert")
+    assert done.returncode == 2 and "'bert' is no family with transformers' experts interface" in done.stderr
+    done = run(example, "qwen3_vl_moe")
+    assert done.returncode == 1 and "qwen3_vl_moe has no model of text alone that generates" in done.stderr

@@ -11,7 +11,6 @@ import torch
 transformers = pytest.importorskip("transformers", minversion="5.17")
 
 from torch.utils._pytree import tree_map_only
-from transformers.integrations.finegrained_fp8 import ALL_FP8_EXPERTS_FUNCTIONS
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
@@ -58,6 +57,7 @@ CLASSES = {
     "glm5_next": ("Glm5NextTextExperts", "Glm5NextTextConfig"),
     "qwen3_moe": ("Qwen3MoeExperts", "Qwen3MoeConfig"),
     "nemotron_h": ("NemotronHExperts", "NemotronHConfig"),
+    "hy_v4_vl": ("HYV4VLExperts", "HYV4VLTextConfig"),
 }
 
 
@@ -277,6 +277,13 @@ def with_hook():
     return module
 
 
+def with_post_norm():
+    module = make_experts("qwen3_moe")
+    module.has_post_expert_norm = True
+    module.post_expert_norm = torch.nn.RMSNorm(HIDDEN)
+    return module
+
+
 def with_other_order():
     module = make_experts("qwen3_moe")
     module.is_concatenated = False
@@ -302,6 +309,7 @@ def with_subclass():
         (lambda: make_experts("nemotron_h", mlp_hidden_act="gelu_new"), "NewGELUActivation without a gate"),
         (with_hook, "its act_fn has hooks"),
         (with_other_order, "is_concatenated is False"),
+        (with_post_norm, "it normalises the output of each expert"),
         (with_subclass, "its weights are of a tensor subclass"),
     ),
 )
@@ -320,16 +328,8 @@ def test_fallback(make, reason, calls, caplog):
 def test_fallback_differs_from_the_op():
     """Test_fallback's modules are ones that the op would get wrong."""
     plain = run(make_experts("qwen3_moe"), "moe_ops", *make_inputs())
-    for module in (of_class(OtherGate), of_class(WrappedGate), with_instance_gate(), with_hook()):
+    for module in (of_class(OtherGate), of_class(WrappedGate), with_instance_gate(), with_hook(), with_post_norm()):
         assert (run(module, "moe_ops", *make_inputs()) - plain).abs().max() > 1e-2
-
-
-def test_fp8_experts_fall_back(monkeypatch, caplog):
-    module, inputs = make_experts("qwen3_moe"), make_inputs()
-    monkeypatch.setitem(ALL_FP8_EXPERTS_FUNCTIONS._global_mapping, "grouped_mm", lambda *args: args)
-    with caplog.at_level(logging.WARNING, "moe_ops"):
-        assert ALL_FP8_EXPERTS_FUNCTIONS["moe_ops"](module, *inputs) == (module, *inputs)
-    assert "quantised to FP8" in caplog.text
 
 
 @pytest.mark.parametrize("name", ("Qwen3Moe", "GptOss"))

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import moe_ops
+import moe_ops.nn
 import moe_ops.testing
 
 ROOT = Path(moe_ops.__file__).resolve().parent
@@ -28,6 +29,7 @@ LAYERS = (
     {"plans"},
     {"registration"},
     {"api"},
+    {"nn"},
 )
 # Beside the layers: what device code and its launchers may import.
 BESIDE = {
@@ -37,7 +39,7 @@ BESIDE = {
 # What backends may have of dispatch: what was decided, and never the deciding.
 PLAN_NAMES = {"Plan", "row_stride"}
 # (module, group it imports in spite of its layer): only where the import waits for its first use.
-LAZY = {("registration", "backends"), ("tuning.tuner", "backends")}
+LAZY = {("registration", "backends"), ("tuning.tuner", "backends"), ("nn.experts", "integrations")}
 
 
 def module_name(file: Path) -> str:
@@ -94,7 +96,7 @@ def test_who_imports_whom(file):
 
 
 def test_every_module_of_the_core_has_a_layer():
-    free = {"", "__main__", "cli", "testing", "integrations", "aot", "nn", "distributed"}
+    free = {"", "__main__", "cli", "testing", "integrations", "aot", "distributed"}
     groups = {module_name(file).split(".")[0] for file in FILES}
     assert groups <= free | set(BESIDE) | set().union(*LAYERS)
     assert {"problem", "dispatch", "registration", "api", "kernels", "backends", "tuning"} <= groups
@@ -119,6 +121,8 @@ def test_every_module_of_the_core_has_a_layer():
         ("registration", "def f():\n    from moe_ops.kernels import route"),
         ("registration", "from moe_ops.api import fused_moe"),
         ("api", "def f():\n    from moe_ops.backends import tma"),
+        ("api", "from moe_ops.nn import FusedExperts"),
+        ("nn.experts", "from moe_ops.integrations import translate"),
         ("reference", "from moe_ops.dispatch import Plan"),
         ("problem", "import moe_ops.reference"),
         ("problem", "from .dispatch import Plan"),
@@ -274,7 +278,7 @@ print(*moe_ops.fused_moe(x, torch.ones(2, 16, 16), torch.ones(2, 16, 8), torch.o
 
 PUBLIC = [
     pytest.param(value, id=f"{module.__name__}.{name}")
-    for module in (moe_ops, moe_ops.testing)
+    for module in (moe_ops, moe_ops.nn, moe_ops.testing)
     for name in module.__all__
     if inspect.isclass(value := getattr(module, name)) or inspect.isroutine(value)
 ]
@@ -313,7 +317,7 @@ def test_docstring(value):
     assert ">>> " in section(docstring, "Example"), "no example"
 
 
-@pytest.mark.parametrize("module", [moe_ops, moe_ops.testing], ids=lambda module: module.__name__)
+@pytest.mark.parametrize("module", [moe_ops, moe_ops.nn, moe_ops.testing], ids=lambda module: module.__name__)
 def test_all(module):
     assert sorted(set(module.__all__), key=str) == sorted(module.__all__, key=str)
     assert all(hasattr(module, name) for name in module.__all__)
