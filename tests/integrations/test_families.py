@@ -1,7 +1,6 @@
 """Tiny random models of the families of docs/models.md, through the op and without it."""
 
 import dataclasses
-import os
 import re
 from pathlib import Path
 
@@ -12,10 +11,8 @@ transformers = pytest.importorskip("transformers", minversion="5.17")
 
 from moe_ops.integrations import transformers as integration
 from scripts import families
+from tests.amount import in_full
 
-in_full = pytest.mark.skipif(
-    os.environ.get("MOE_OPS_TESTS") != "all", reason="MOE_OPS_TESTS=all runs it, as .ci/run does"
-)
 PAGE = (Path(__file__).parents[2] / "docs" / "models.md").read_text()
 ROWS = {
     row[0]: families.Verdict(*row) for row in re.findall(r"^\| `(\w+)` \| `(\w*)` \| ([\w ]+) \| (.*) \|$", PAGE, re.M)
