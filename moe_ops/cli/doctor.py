@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from moe_ops import env
-from moe_ops.cli.env import driver_version
+from moe_ops.cli.env import DRIVER_FILE, driver_version
 from moe_ops.cli.output import show_table
 from moe_ops.devices import describe, triton_facts
 from moe_ops.dispatch import tma_obstacle
@@ -22,7 +22,6 @@ from moe_ops.tuning.table import load_table
 
 _TORCH, _TRITON = (2, 11), (3, 6)
 _COMPILERS = ("c++", "g++", "clang++", "cc", "gcc", "clang")
-_DRIVER_FILE = Path("/proc/driver/nvidia/version")
 
 
 @dataclass(frozen=True)
@@ -100,16 +99,13 @@ def triton_version() -> Iterator[Finding]:
 
 
 def driver() -> Iterator[Finding]:
-    """torch reaches a GPU where there is one, and the driver is as new as torch's CUDA."""
+    """torch reaches a GPU where there is one."""
     if torch.cuda.is_available():
-        known, wanted = driver_version(), torch.version.cuda
-        # Minor versions of CUDA run on each other's drivers; major ones do not.
-        good = known is None or wanted is None or int(known.split(".")[0]) >= int(wanted.split(".")[0])
-        found = f"CUDA {known} by the driver, {wanted} in torch"
-        yield Finding("driver", "ok" if good else "broken", found, "" if good else "update the NVIDIA driver")
+        # So the driver is new enough for torch's CUDA, which would not have started otherwise.
+        yield Finding("driver", "ok", f"{driver_version()}, CUDA {torch.version.cuda} in torch")
         device = describe(torch.device("cuda", torch.cuda.current_device()))
         yield Finding("device", "ok", f"{device.name}, compute capability {device.capability}")
-    elif _DRIVER_FILE.exists():
+    elif DRIVER_FILE.exists():
         cause = "torch was built without CUDA" if torch.version.cuda is None else "torch sees no device"
         cure = "install a torch with CUDA" if torch.version.cuda is None else "see nvidia-smi and CUDA_VISIBLE_DEVICES"
         yield Finding("driver", "broken", f"an NVIDIA driver is loaded, and {cause}", cure)

@@ -1,10 +1,11 @@
 """`python -m moe_ops env`: versions, the device, and which paths are available or why not."""
 
 import argparse
-import ctypes
 import importlib.metadata
 import json
 import platform
+import re
+from pathlib import Path
 
 import torch
 
@@ -19,6 +20,7 @@ from moe_ops.tuning.lookup import folders
 
 _PACKAGES = ("transformers", "matplotlib", "rich", "tqdm")
 _SIZES = (8, 2, 4096, 14336)
+DRIVER_FILE = Path("/proc/driver/nvidia/version")
 
 
 def add_parser(commands) -> None:
@@ -57,7 +59,7 @@ def versions() -> dict[str, str | None]:
         "torch": torch.__version__,
         "triton": triton_facts()[0],
         "cuda of torch": torch.version.cuda,
-        "cuda of the driver": driver_version(),
+        "driver": driver_version(),
     }
     for name in _PACKAGES:
         try:
@@ -68,13 +70,12 @@ def versions() -> dict[str, str | None]:
 
 
 def driver_version() -> str | None:
-    """The newest CUDA that the driver knows, as "13.0"; None without a driver."""
-    number = ctypes.c_int()
+    """The release of the NVIDIA driver, as "580.95"; None where none is loaded."""
     try:
-        status = ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(number))
-    except (OSError, AttributeError):
+        found = re.search(r"\b\d+\.\d+(\.\d+)?\b", DRIVER_FILE.read_text())
+    except OSError:
         return None
-    return f"{number.value // 1000}.{number.value % 1000 // 10}" if status == 0 else None
+    return found and found[0]
 
 
 def _current() -> Device:

@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from moe_ops.cli import doctor, explain, export, main, output
+from moe_ops.cli import doctor, env, explain, export, main, output
 from moe_ops.cli.calls import SHAPES
 from moe_ops.cli.formats import FORMATS
 from moe_ops.cli.known import ARCHITECTURES, CARDS, known_card, like
@@ -315,7 +315,15 @@ def break_cache(monkeypatch, tmp_path):
 
 def break_driver(monkeypatch, tmp_path):
     (tmp_path / "version").touch()
-    monkeypatch.setattr(doctor, "_DRIVER_FILE", tmp_path / "version")
+    monkeypatch.setattr(doctor, "DRIVER_FILE", tmp_path / "version")
+
+
+def test_driver_version(monkeypatch, tmp_path):
+    monkeypatch.setattr(env, "DRIVER_FILE", tmp_path / "version")
+    assert env.driver_version() is None
+    line = "NVRM version: NVIDIA UNIX x86_64 Kernel Module  580.95.05  Tue Sep 23 10:11:16 UTC 2025\n"
+    (tmp_path / "version").write_text(line)
+    assert env.driver_version() == "580.95.05"
 
 
 def break_the_op(monkeypatch, tmp_path):
