@@ -22,6 +22,7 @@ from moe_ops.problem import make_problem
 from moe_ops.tuning import lookup
 from moe_ops.tuning.bucket import bucket_of, device_folder
 from moe_ops.tuning.table import Entry, Table, dump_table
+from tests.amount import in_full
 from tests.aot.harness import DEVICES, compiling, make_call
 
 DEVICE = DEVICES[90]
@@ -118,6 +119,7 @@ def test_tuned_tiles(tmp_path, monkeypatch):
         lookup.forget()
 
 
+@in_full
 def test_parameters_are_those_of_the_ptx():
     """The cubin's own list of parameters against the one in its source, kernel by kernel."""
     with compiling(90) as launches:

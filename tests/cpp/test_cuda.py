@@ -27,6 +27,7 @@ from moe_ops.dispatch import make_plan
 from moe_ops.problem import make_problem
 from moe_ops.testing import quantized_inputs, random_inputs
 from scripts import build_cpp
+from tests.amount import params
 from tests.aot.harness import DEVICES, make_call
 
 pytestmark = pytest.mark.xdist_group("cpp")
@@ -58,6 +59,8 @@ FORMATS = {
     "int8_w8a8": {**SMALL, "quantization": "int8_w8a8", "granularity": "channel"},
     "inputs_given": {**SMALL, "quantization": "fp8_w8a8", "block_shape": (128, 128), "inputs_given": True},
 }
+# Every variant, 16 bits and quantised.
+USUAL = ["plain", "no_gate", "fp8_block", "fp8_channel", "int4"]
 # What many tokens take.
 LARGE = {"fp8_block": "blockscaled", "inputs_given": "blockscaled", **dict.fromkeys(list(FORMATS)[:4], "sorted")}
 
@@ -138,7 +141,7 @@ def call(name, num_tokens):
     return make_call(num_tokens, **CALLS[name])
 
 
-@pytest.mark.parametrize("name", [*CALLS, *FORMATS])
+@pytest.mark.parametrize("name", params([*CALLS, *FORMATS], USUAL))
 def test_launches_are_pythons(built, tmp_path, name):
     text = call_text(call(name, 5))
     tokens = FEW_TOKENS if name in FORMATS else TOKENS

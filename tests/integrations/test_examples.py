@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.amount import in_full
+
 ROOT = Path(__file__).resolve().parents[2]
 # Runs an example whose experts are wrong by 10 %.
 BROKEN = """
@@ -111,6 +113,7 @@ def test_hf_generate():
     assert "logits differ by" in done.stdout and done.returncode == 1, done.stderr
 
 
+@in_full
 def test_hf_generate_says_why_not():
     pytest.importorskip("transformers", minversion="5.17")
     example = ROOT / "examples" / "hf_generate.py"

@@ -12,6 +12,7 @@ from concurrent.futures import Future
 import pytest
 import torch
 
+from tests.amount import in_full
 from tests.mutants.kernels import ROOT, Outcome, copy_package, judges
 from tests.mutants.mutations import GPU_MUTATIONS, MUTATIONS, Mutation
 
@@ -56,7 +57,7 @@ def outcomes(request, tmp_path_factory) -> Iterator[Callable[[Mutation | None], 
         yield lambda mutation: submit(mutation).result()
 
 
-@pytest.mark.parametrize("mutation", [None, *MUTATIONS], ids=name)
+@pytest.mark.parametrize("mutation", [pytest.param(None, marks=in_full), *MUTATIONS], ids=name)
 def test_interpreter_kills(mutation, outcomes):
     judged(outcomes(mutation), mutation)
 

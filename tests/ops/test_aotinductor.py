@@ -24,6 +24,7 @@ class Both(torch.nn.Module):
         return *self.block.inputs(num_tokens), *self.calls.inputs(num_tokens)
 
 
+@in_full
 def test_package(tmp_path):
     module = Both()
     example = module.inputs(6)
