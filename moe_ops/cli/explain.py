@@ -9,7 +9,7 @@ import torch
 from moe_ops.cli.formats import FORMATS
 from moe_ops.cli.known import ARCHITECTURES, CARDS, Card, current_card, known_card
 from moe_ops.cli.limits import expected_work
-from moe_ops.cli.options import UsageError, add_shape_options, chosen_shapes, token_counts
+from moe_ops.cli.options import UsageError, add_format_option, add_shape_options, chosen_shapes, token_counts
 from moe_ops.cli.output import show_table
 from moe_ops.cli.problems import describe_call
 from moe_ops.devices import describe
@@ -44,10 +44,7 @@ def add_parser(commands) -> None:
     add_shape_options(parser, "one of --model and --shape is needed")
     parser.add_argument("--tokens", type=token_counts, default=_TOKENS, help="token counts, comma-separated")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
-    parser.add_argument(
-        "--format", choices=("none", *FORMATS), default="none", metavar="NAME",
-        help=f"of the weights: none, {', '.join(FORMATS)} (default: none)",
-    )  # fmt: skip
+    add_format_option(parser)
     parser.add_argument("--path", choices=("auto", "tma", "classic", "reference"), default="auto", help="as the op's")
     parser.add_argument(
         "--device", metavar="NAME",

@@ -3,6 +3,7 @@
 import argparse
 
 from moe_ops.cli.calls import SHAPES, Sizes, parse_shape
+from moe_ops.cli.formats import FORMATS
 from moe_ops.cli.models import MODELS, find_model
 
 
@@ -48,6 +49,14 @@ def add_shape_options(parser: argparse.ArgumentParser, default: str) -> None:
     )  # fmt: skip
     parser.add_argument("--tp", type=positive, default=1, metavar="N", help="ranks that share each expert of --model")
     parser.add_argument("--ep", type=positive, default=1, metavar="N", help="ranks that share the experts of --model")
+
+
+def add_format_option(parser: argparse.ArgumentParser) -> None:
+    """Adds --format."""
+    parser.add_argument(
+        "--format", choices=("none", *FORMATS), default="none", metavar="NAME",
+        help=f"of the weights: none, {', '.join(FORMATS)} (default: none)",
+    )  # fmt: skip
 
 
 def chosen_shapes(options: argparse.Namespace) -> dict[str, Sizes]:

@@ -13,9 +13,8 @@ from moe_ops import env
 from moe_ops.cli import plots
 from moe_ops.cli.calls import TOKENS, Sizes
 from moe_ops.cli.explain import describe_tile
-from moe_ops.cli.formats import FORMATS
 from moe_ops.cli.known import ARCHITECTURES, CARDS, known_card
-from moe_ops.cli.options import UsageError, add_shape_options, chosen_shapes, positive, token_counts
+from moe_ops.cli.options import UsageError, add_format_option, add_shape_options, chosen_shapes, positive, token_counts
 from moe_ops.cli.output import show_table
 from moe_ops.cli.progress import Progress
 from moe_ops.cli.tuner import report, worker
@@ -64,8 +63,7 @@ def add_parser(commands) -> None:
     add_shape_options(parser, "one of --model and --shape is needed")
     parser.add_argument("--tokens", type=token_counts, default=TOKENS, help="token counts to tune, comma-separated")
     parser.add_argument("--dtype", choices=("bfloat16", "float16"), default="bfloat16")
-    formats = f"of the weights: none, {', '.join(FORMATS)} (default: none)"
-    parser.add_argument("--format", choices=("none", *FORMATS), default="none", metavar="NAME", help=formats)
+    add_format_option(parser)
     parser.add_argument("--path", choices=("auto", "tma", "classic"), default="auto", help="(default: as the op takes)")
     parser.add_argument(
         "--out", metavar="DIR", help="where tables go (default: MOE_OPS_CONFIG_DIR if set, else the package's own)"

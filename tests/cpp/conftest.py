@@ -38,10 +38,15 @@ class Built:
 @pytest.fixture(scope="session")
 def built(tmp_path_factory) -> Built:
     """The library, twice, and the runner. A warning of the compiler is an error."""
-    if build_cpp.compiler() is None:
-        pytest.skip("no C++ compiler: install g++ (Debian, Ubuntu: apt install g++), or set CXX")
+    require_compiler()
     folder = made_once(tmp_path_factory, "cpp", build)
     return Built(folder / "libmoe_ops.so", folder / "libmoe_ops_cpp.so", folder / "run_package")
+
+
+def require_compiler() -> None:
+    """Skips the test where nothing can be built."""
+    if build_cpp.compiler() is None:
+        pytest.skip("no C++ compiler: install g++ (Debian, Ubuntu: apt install g++), or set CXX")
 
 
 def build(folder: Path) -> None:

@@ -6,7 +6,6 @@ import torch
 from moe_ops import schema
 from scripts import generate_schema_header as script
 
-pytestmark = pytest.mark.xdist_group("cpp")
 SCHEMAS = {"fused_moe_tma": schema.FUSED_MOE, "fused_moe_tma_": schema.FUSED_MOE_, "route": schema.ROUTE}
 
 
