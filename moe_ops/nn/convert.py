@@ -74,7 +74,8 @@ def convert_hf_state_dict(
         >>> {name: list(tensor.shape) for name, tensor in convert_hf_state_dict(block, "mlp.").items()}
         {'router.weight': [2, 8], 'experts.w1': [2, 8, 8], 'experts.w2': [2, 8, 4]}
     """
-    converted, apart = {}, {}
+    converted: dict[str, Tensor] = {}
+    apart: dict[tuple[str, str], dict[int, Tensor]] = {}
     for full_name, tensor in state_dict.items():
         if not full_name.startswith(prefix):
             continue

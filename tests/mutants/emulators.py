@@ -210,9 +210,9 @@ def _rounded_otherwise(of_act: bool, scales: Callable[[Tensor], Tensor], given: 
     """Rows that are multiplied with other scales than they were divided by: those of the inputs, or of the activation;
     where the op makes them, or where they are given."""
 
-    def quantized(x: Tensor, scheme, granularity: str, scale: Tensor | None, wide: torch.dtype) -> Tensor:
+    def quantized(x: Tensor, dtype, granularity: str, scale: Tensor | None, wide: torch.dtype) -> Tensor:
         mine = (x.shape[1] == _GROUPS["intermediate"]) == of_act and (scale is not None) == given
-        q, scale = quantize_activations(x, scheme.row_dtype, granularity, scale)
+        q, scale = quantize_activations(x, dtype, granularity, scale)
         return dequantize_activations(q, scales(scale) if mine else scale, wide)
 
     return ((emulator, "_quantized", quantized),)
