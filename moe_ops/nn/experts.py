@@ -14,8 +14,8 @@ from moe_ops.checks import require_name
 from moe_ops.devices import describe
 from moe_ops.dispatch import Plan, make_plan
 from moe_ops.problem import GATE_UP_LAYOUTS, make_problem
-from moe_ops.quantization import FORMATS, Scheme, quantize_weights
-from moe_ops.quantization.scheme import WEIGHT_DTYPES, scale_block, scale_shape
+from moe_ops.quantization import FORMATS, quantize_weights
+from moe_ops.quantization.scheme import WEIGHT_DTYPES, Scheme, scale_block, scale_shape
 
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 _INT4_ZEROS, _INT8_ZERO, _E8M0_ONE = 0x88, 128, 127

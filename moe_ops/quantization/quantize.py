@@ -118,10 +118,10 @@ def pack(values: Tensor) -> Tensor:
     """The inverse of `unpack`: pairs of 4-bit values as bytes, [..., n] -> [..., ceil(n / 2)], the first one low.
 
     Args:
-        values: integers from 0 to 15, any integer dtype; a last one without a partner gets a 0.
+        values: [..., n], integers from 0 to 15, any integer dtype; a last one without a partner gets a 0.
 
     Returns:
-        uint8.
+        [..., ceil(n / 2)], uint8.
 
     Example:
         >>> import torch

@@ -23,7 +23,7 @@ def emulate(args: Arguments, *, round_up_projection: bool = False) -> Tensor:
         round_up_projection: round the up projection as well, as the CPU path may in 16 bits.
 
     Returns:
-        The result, in the dtype the op gives it.
+        The result, [M, H] or [M, top_k, H], in the dtype the op gives it.
 
     Raises:
         ValueError, TypeError: as the op.
