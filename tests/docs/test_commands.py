@@ -99,7 +99,7 @@ def test_mention(page: Page, command: str):
 
 
 def test_commands_are_found():
-    assert len(COMMANDS) > 40 and len(MENTIONS) > 20
+    assert len(COMMANDS) > 25 and len(MENTIONS) > 20
     assert len({page.path for page, _ in COMMANDS}) >= 6
 
 
