@@ -5,8 +5,9 @@ import re
 import pytest
 
 from tests.mutants.emulators import WRONG
+from tests.mutants.hopper import GPU_MUTATIONS
 from tests.mutants.kernels import ROOT
-from tests.mutants.mutations import GPU_MUTATIONS, MUTATIONS
+from tests.mutants.mutations import MUTATIONS
 
 TEXT = (ROOT / "docs" / "testing.md").read_text()
 

@@ -234,7 +234,15 @@ def test_no_host_sync(file):
     assert bool(found) == (file.name == "cpu.py"), found
 
 
-@pytest.mark.parametrize("file", FILES, ids=short)
+BESIDE_IT = [
+    file
+    for folder in ("benchmarks", "csrc_stubs", "examples", "scripts")
+    for file in sorted((ROOT.parent / folder).iterdir())
+    if file.suffix in (".py", ".sh", ".cpp", ".h")
+]
+
+
+@pytest.mark.parametrize("file", FILES + BESIDE_IT, ids=short)
 def test_file_length(file):
     assert len(file.read_text().splitlines()) <= MAX_LINES
 
