@@ -53,7 +53,6 @@ class Scheme:
         zero_points: the weights have zero points, with the same groups.
         inputs: scales of the quantised hidden states: "" (not quantised), "tensor", "token" or "group" (of 128).
         inputs_given: the hidden states arrive quantised.
-        inputs_static: their scale is given.
         act: scales of the quantised activation: "", "tensor" or "expert" (both given), "token" or "group".
     """
 
@@ -64,7 +63,6 @@ class Scheme:
     zero_points: bool = False
     inputs: str = ""
     inputs_given: bool = False
-    inputs_static: bool = False
     act: str = ""
 
     @property
@@ -140,7 +138,6 @@ def make_scheme(args: Arguments) -> Scheme:
         zero_points=zero_points,
         inputs=inputs,
         inputs_given=inputs_given,
-        inputs_static=not weights_only and args.a1_scale is not None,
         act="" if weights_only else _act(args, columns),
     )
 
