@@ -50,7 +50,7 @@ def plan(args: Arguments) -> tuple[Problem, Plan]:
 
 def _key(args: Arguments) -> Hashable | None:
     """Everything `make_problem` and `make_plan` look at; None for arguments that cannot be looked up."""
-    facts = []
+    facts: list[Hashable] = []
     for name in TENSOR_ARGUMENTS:
         tensor = getattr(args, name)
         if isinstance(tensor, Tensor):

@@ -142,8 +142,8 @@ def cpp() -> bool:
 
 
 def lint() -> bool:
-    """Style and formatting."""
-    results = [run("-m", "ruff", "check", "."), run("-m", "ruff", "format", "--check", ".")]
+    """Style, formatting and types."""
+    results = [run("-m", "ruff", "check", "."), run("-m", "ruff", "format", "--check", "."), run("-m", "mypy")]
     return all(results)
 
 

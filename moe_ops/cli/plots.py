@@ -6,6 +6,9 @@ from pathlib import Path
 MISSING = "--plot needs matplotlib: pip install moe-ops-tma[bench]"
 
 _OURS = ("tma", "classic")
+# The colours of Okabe and Ito, which people who see fewer colours can tell apart.
+_COLORS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#A89F00", "#000000")
+_MARKERS = "osD^vPX<"
 
 
 def available() -> bool:
@@ -68,7 +71,8 @@ def _lines(cells: list[dict]) -> list[tuple[str, dict, list[float | None]]]:
     names = dict.fromkeys(name for cell in cells for name in cell["ms"])
     lines = []
     for number, name in enumerate(names):
-        style = {"color": f"C{number % 10}", "marker": "o", "markersize": 4, "linewidth": 2.4 if name in _OURS else 1.2}
+        style = {"color": _COLORS[number % len(_COLORS)], "marker": _MARKERS[number % len(_MARKERS)], "markersize": 5}
+        style["linewidth"] = 2.4 if name in _OURS else 1.2
         lines.append((name, style, [cell["ms"].get(name) for cell in cells]))
     recorded = [cell.get("recorded") or {} for cell in cells]
     if any(recorded):

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +14,8 @@ from moe_ops.checks import require_name
 from moe_ops.devices import describe
 from moe_ops.dispatch import Plan, make_plan
 from moe_ops.problem import GATE_UP_LAYOUTS, make_problem
-from moe_ops.quantization import FORMATS, Scheme, quantize_weights
-from moe_ops.quantization.scheme import WEIGHT_DTYPES, scale_block, scale_shape
+from moe_ops.quantization import FORMATS, quantize_weights
+from moe_ops.quantization.scheme import WEIGHT_DTYPES, Scheme, scale_block, scale_shape
 
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 _INT4_ZEROS, _INT8_ZERO, _E8M0_ONE = 0x88, 128, 127
@@ -83,6 +84,15 @@ class FusedExperts(nn.Module):
         FusedExperts(4 experts, hidden_size=64, intermediate_size=32, silu, int4_w4a16 in groups of 32, cpu)
     """
 
+    w1: Tensor
+    w2: Tensor
+    w1_bias: Tensor | None
+    w2_bias: Tensor | None
+    w1_scale: Tensor | None
+    w2_scale: Tensor | None
+    w1_zero_point: Tensor | None
+    w2_zero_point: Tensor | None
+
     def __init__(
         self,
         num_experts: int,
@@ -127,14 +137,13 @@ class FusedExperts(nn.Module):
             weight, weight_dtype = shapes[which], WEIGHT_DTYPES.get(quantization, (dtype,))[0]
             values = torch.empty(weight, device=device, dtype=weight_dtype)
             setattr(self, which, nn.Parameter(values, requires_grad=quantization == "none"))
-            rows = (num_experts, weight[1])
-            values = nn.Parameter(torch.empty(rows, device=device, dtype=dtype)) if bias else None
-            self.register_parameter(f"{which}_bias", values)
+            rows = torch.empty(num_experts, weight[1], device=device, dtype=dtype) if bias else None
+            self.register_parameter(f"{which}_bias", None if rows is None else nn.Parameter(rows))
             for name in (f"{which}_scale", f"{which}_zero_point"):
                 bytewise = name not in shapes or name.endswith("zero_point") or quantization == "mxfp4_w4a16"
                 kind = torch.uint8 if bytewise else torch.float32
-                values = torch.empty(shapes[name], device=device, dtype=kind) if name in shapes else None
-                self.register_buffer(name, values)
+                made = torch.empty(shapes[name], device=device, dtype=kind) if name in shapes else None
+                self.register_buffer(name, made)
         self.reset_parameters()
 
     def _shapes(self, per_tensor: bool, zero_points: bool) -> dict[str, tuple[int, ...]]:
@@ -142,7 +151,7 @@ class FusedExperts(nn.Module):
         packed = self.quantization in ("int4_w4a16", "mxfp4_w4a16")
         rows = self.intermediate_size * (2 if ACTIVATIONS[self.activation].gated else 1)
         matrices = {"w1": (rows, self.hidden_size), "w2": (self.hidden_size, self.intermediate_size)}
-        shapes = {}
+        shapes: dict[str, tuple[int, ...]] = {}
         if self.quantization == "none" and (per_tensor or zero_points or self.block_shape is not None):
             raise ValueError(
                 "block_shape, per_tensor or zero_points was given, but quantization is 'none' and does not use it; "
@@ -209,13 +218,14 @@ class FusedExperts(nn.Module):
         )  # fmt: skip
         return out.view(hidden_states.shape)
 
-    def _tensors(self) -> dict[str, Tensor | None]:
+    def _tensors(self) -> dict[str, Any]:
+        """The tensors beside w1 and w2, by argument name; None for the absent ones."""
         return {
             "w1_bias": self.w1_bias, "w2_bias": self.w2_bias, "w1_scale": self.w1_scale, "w2_scale": self.w2_scale,
             "w1_zero_point": self.w1_zero_point, "w2_zero_point": self.w2_zero_point,
         }  # fmt: skip
 
-    def _options(self) -> dict[str, object]:
+    def _options(self) -> dict[str, Any]:
         return {
             "activation": self.activation, "activation_alpha": self.activation_alpha,
             "activation_limit": self.activation_limit, "gate_up_layout": self.gate_up_layout,
@@ -255,9 +265,14 @@ class FusedExperts(nn.Module):
                 f"quantization is {self.quantization!r} already, expected a module with unquantised weights; quantise "
                 "the weights it was made from"
             )
-        options = {"granularity": granularity, "block_shape": block_shape, "dtype": dtype, "zero_points": zero_points}
         # Both before either is replaced: an error leaves the module as it was.
-        made = {which: quantize_weights(getattr(self, which), quantization, **options) for which in ("w1", "w2")}
+        made = {
+            which: quantize_weights(
+                getattr(self, which), quantization, granularity=granularity, block_shape=block_shape, dtype=dtype,
+                zero_points=zero_points,
+            )
+            for which in ("w1", "w2")
+        }  # fmt: skip
         for which, (weight, scale, zero_point) in made.items():
             setattr(self, which, nn.Parameter(weight, requires_grad=False))
             setattr(self, f"{which}_scale", scale)
@@ -288,7 +303,7 @@ class FusedExperts(nn.Module):
         from moe_ops.integrations.translate import biases_of, name_of, options_of, weights_of
 
         (w1, w2), biases = weights_of(module), biases_of(module)
-        options = options_of(module, w2.device)
+        options: dict[str, Any] | str = options_of(module, w2.device)
         if isinstance(options, str):
             raise ValueError(f"module is a {name_of(type(module))}, which the op cannot run: {options}; keep it")
         scales = {name: options.pop(name) for name in ("w1_scale", "w2_scale") if name in options}
@@ -320,16 +335,15 @@ class FusedExperts(nn.Module):
         if self.quantization != "none" and self.w1_bias is not None:
             dtype = self.w1_bias.dtype
 
-        def meta(like: Tensor | None) -> Tensor | None:
-            if like is None:
-                return None
+        def meta(like: Tensor) -> Tensor:
             return torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device="meta")
 
+        others: dict[str, Any] = {name: meta(value) for name, value in self._tensors().items() if value is not None}
         args = Arguments(
             torch.empty(num_tokens, self.hidden_size, dtype=dtype, device="meta"), meta(self.w1), meta(self.w2),
             torch.empty(num_tokens, top_k, device="meta"),
             torch.empty(num_tokens, top_k, dtype=torch.int32, device="meta"),
-            **{name: meta(tensor) for name, tensor in self._tensors().items()}, **self._options(),
+            **others, **self._options(),
         )  # fmt: skip
         problem = make_problem(args, traced=True)
         if not self.w1.is_meta:

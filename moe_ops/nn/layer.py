@@ -1,6 +1,7 @@
 """`MoELayer`: router, experts and shared expert, from hidden states to hidden states."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -52,7 +53,7 @@ class SharedExpert(nn.Module):
         super().__init__()
         require_name("activation", activation, _SHARED_ACTIVATIONS)
         self.activation = activation
-        options = {"bias": bias, "device": device, "dtype": dtype}
+        options: dict[str, Any] = {"bias": bias, "device": device, "dtype": dtype}
         gated = ACTIVATIONS[activation].gated
         self.gate_proj = nn.Linear(hidden_size, intermediate_size, **options) if gated else None
         self.up_proj = nn.Linear(hidden_size, intermediate_size, **options)
@@ -115,6 +116,8 @@ class MoELayer(nn.Module):
         torch.Size([2, 5, 64])
     """
 
+    correction_bias: Tensor | None
+
     def __init__(
         self,
         hidden_size: int,
@@ -135,7 +138,7 @@ class MoELayer(nn.Module):
         shared_gate: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
-        **experts,
+        **experts: Any,
     ) -> None:
         super().__init__()
         if shared_gate and shared_intermediate_size is None:
@@ -143,7 +146,7 @@ class MoELayer(nn.Module):
                 "shared_gate is True, but there is no shared expert; pass shared_intermediate_size, or leave it out"
             )
         self.top_k, self.router_dtype = top_k, router_dtype
-        self.routing = {
+        self.routing: dict[str, Any] = {
             "scoring": scoring,
             "renormalize": renormalize,
             "num_groups": num_groups,
@@ -151,7 +154,7 @@ class MoELayer(nn.Module):
             "group_score": group_score,
             "routed_scaling_factor": routed_scaling_factor,
         }
-        factory = {"device": device, "dtype": dtype}
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.experts = FusedExperts(num_experts, hidden_size, intermediate_size, **experts, **factory)
         # What is wrong with the routing shows here, and not at the first token.
         make_router(torch.empty(0, num_experts, device="meta"), top_k, **self.routing)
