@@ -194,11 +194,12 @@ def replaced_op(function: Callable[..., Tensor]) -> Iterator[None]:
 
 
 @torch.no_grad()
-def outputs(model: nn.Module, implementation: str) -> Tensor:
-    """Logits, or last hidden states, of a few tokens."""
+def outputs(model: nn.Module, implementation: str, tokens: int = 9) -> Tensor:
+    """Logits, or last hidden states, of two sequences."""
     model.set_experts_implementation(implementation)
     torch.manual_seed(1)
-    result = model(input_ids=torch.randint(1, 64, (2, 9)), use_cache=False)
+    ids = torch.randint(1, 64, (2, tokens)).to(model.device)
+    result = model(input_ids=ids, use_cache=False)
     return result.logits if getattr(result, "logits", None) is not None else result[0]
 
 
@@ -244,12 +245,12 @@ def judge(model: nn.Module, family: str) -> Verdict:
     return verdict
 
 
-def verdict_of(family: str) -> tuple[Verdict, nn.Module | None]:
-    """The verdict of the first model of a family that can be built and run, and the model."""
+def verdict_of(family: str, device: str = "cpu") -> tuple[Verdict, nn.Module | None]:
+    """The verdict of the first model of a family that can be built and run on a device, and the model."""
     first = None
     for cls in model_classes(family):
         try:
-            model = build(cls, family)
+            model = build(cls, family).to(device)
             return judge(model, family), model
         except ArithmeticError:
             raise
