@@ -2,16 +2,17 @@
 
 A model of the real sizes but for the number of layers, with a vocabulary that is smaller by the same factor, and random
 weights in bfloat16. Its experts run by transformers' `experts_implementation` eager, grouped_mm, batched_mm and
-moe_ops; moe_ops.nn is `MoELayer` in place of each MoE block, whose router is `topk_route`. Steps of decoding with a
-static cache, and a prefill, as they are and compiled whole in a CUDA graph, in turns, round after round. The MoE blocks
-(router and experts) are timed alone as well, compiled, on the hidden states of the workload: what a step takes outside
-of them is the same for all, and no experts make it faster.
+moe_ops; "+ routers" is moe_ops after `fuse_routers`. Steps of decoding with a static cache, and a prefill, as they are
+and compiled whole in a CUDA graph, in turns, round after round. The MoE blocks (router and experts) are timed alone as
+well, compiled, on the hidden states of the workload: what a step takes outside of them is the same for all, and no
+experts make it faster.
 
     PYTHONPATH=. python benchmarks/end_to_end.py --json FILE
     PYTHONPATH=. python benchmarks/end_to_end.py --report FILE      the tables again
 """
 
 import argparse
+import copy
 import datetime
 import functools
 import json
@@ -24,15 +25,14 @@ from pathlib import Path
 import torch
 import transformers
 import triton
-from torch import Tensor, nn
+from torch import Tensor
 
 import moe_ops.integrations.transformers as integration
 from examples.serve_block import SIZES, SMALL, Decoder, capture, make_model
-from moe_ops.nn import MoELayer, convert_hf_state_dict
 
-OURS, LAYER = integration.NAME, "moe_ops.nn"
+OURS, ROUTERS = integration.NAME, "moe_ops + routers"
 THEIRS = ("eager", "grouped_mm", "batched_mm")
-IMPLEMENTATIONS = (*THEIRS, OURS, LAYER)
+IMPLEMENTATIONS = (*THEIRS, OURS, ROUTERS)
 # Of a result's row from grouped_mm's. The one in the middle counts: a router that hesitates between two experts may
 # take the other one after a different rounding, or at equal logits.
 TOLERANCE = 2e-2
@@ -60,32 +60,24 @@ def parse_args() -> argparse.Namespace:
 
 
 class Model:
-    """The model, and its MoE blocks by implementation."""
+    """The model, and the routers of its MoE blocks, as they are and fused."""
 
     def __init__(self, args: argparse.Namespace) -> None:
-        """Makes both; the blocks share their weights."""
+        """Makes it."""
         self.device, self.dtype = ("cpu", torch.float32) if args.small else ("cuda", torch.bfloat16)
         self.vocabulary = 256 if args.small else 151936 * args.layers // 48
         sizes = SMALL if args.small else SIZES
         self.whole = make_model(args.layers, self.vocabulary, self.device, self.dtype, sizes)
-        self.layers = self.whole.model.layers
-        self.blocks = [layer.mlp for layer in self.layers]
-        self.replaced = [self._replace(block) for block in self.blocks]
-
-    def _replace(self, block: nn.Module) -> MoELayer:
-        config = self.whole.config
-        layer = MoELayer(
-            config.hidden_size, config.moe_intermediate_size, config.num_experts, config.num_experts_per_tok,
-            renormalize=config.norm_topk_prob, device="meta", dtype=self.dtype,
-        )  # fmt: skip
-        layer.load_state_dict(convert_hf_state_dict(block.state_dict()), assign=True)
-        return layer.eval()
+        self.blocks = [layer.mlp for layer in self.whole.model.layers]
+        self.routers = [copy.deepcopy(block.gate) for block in self.blocks]
+        integration.fuse_routers(self.whole)
+        self.fused = [block.gate for block in self.blocks]
 
     def use(self, name: str) -> None:
         """Takes an implementation for what is called or compiled next."""
-        for layer, block in zip(self.layers, self.replaced if name == LAYER else self.blocks, strict=True):
-            layer.mlp = block
-        self.whole.set_experts_implementation(OURS if name == LAYER else name)
+        for block, router in zip(self.blocks, self.fused if name == ROUTERS else self.routers, strict=True):
+            block.gate = router
+        self.whole.set_experts_implementation(OURS if name == ROUTERS else name)
 
     def inputs_of_blocks(self, call: Callable[[], object]) -> list[Tensor]:
         """The hidden states that a call of the model gives to each block."""
@@ -99,7 +91,7 @@ class Model:
 
     def run_blocks(self, inputs: list[Tensor]) -> Tensor:
         """The results of the blocks in use, [layers, tokens, H]."""
-        return torch.stack([layer.mlp(x).flatten(0, -2) for layer, x in zip(self.layers, inputs, strict=True)])
+        return torch.stack([block(x).flatten(0, -2) for block, x in zip(self.blocks, inputs, strict=True)])
 
 
 class Workload:
@@ -240,26 +232,26 @@ def report(record: dict) -> Iterator[str]:
     facts = "{device}, torch {torch}, triton {triton}, transformers {transformers}, {date}, {dtype}; ".format(**record)
     yield facts + "{layers} of 48 layers, {vocabulary} words, {context} tokens in the cache.\n".format(**record)
     yield "Tokens per second.\n"
-    columns = [*IMPLEMENTATIONS, "moe_ops / theirs", "moe_ops.nn / theirs"]
+    columns = [*IMPLEMENTATIONS, "moe_ops / theirs", "+ routers / theirs"]
     yield f"| workload | run | {' | '.join(columns)} |\n|{' --- |' * (len(columns) + 2)}"
     for cell in record["cells"]:
         row = [_title(cell), "compiled, CUDA graph" if cell["compiled"] else "as it is"]
         row += [_number(cell["tokens"] * 1e3, cell["step"].get(name), ".0f") for name in IMPLEMENTATIONS]
-        row += [_number(best(cell, "step")[1], cell["step"].get(name), ".2f") for name in (OURS, LAYER)]
+        row += [_number(best(cell, "step")[1], cell["step"].get(name), ".2f") for name in (OURS, ROUTERS)]
         yield f"| {' | '.join(row)} |"
     yield "\nWhere the time of a compiled step goes, in ms; *theirs* is transformers' fastest.\n"
-    columns = ["theirs", "their blocks", "moe_ops", "its blocks", "moe_ops.nn", "its blocks", "outside", "blocks"]
-    columns += ["blocks, moe_ops.nn", "if blocks took no time"]
+    columns = ["theirs", "their blocks", "moe_ops", "its blocks", "+ routers", "its blocks", "outside", "blocks"]
+    columns += ["blocks, + routers", "if blocks took no time"]
     yield f"| workload | {' | '.join(columns)} |\n|{' --- |' * (len(columns) + 1)}"
     for cell in record["cells"]:
         if not cell["compiled"]:
             continue
         (name, step), blocks = best(cell, "step"), cell["blocks"]
         row = [_title(cell), f"{step:.3f} {name}", f"{blocks[name]:.3f}"]
-        for ours in (OURS, LAYER):
+        for ours in (OURS, ROUTERS):
             row += [f"{cell['step'][ours]:.3f}", f"{blocks[ours]:.3f}"]
         outside = cell["step"][OURS] - blocks[OURS]
-        row += [f"{outside:.3f}", *(f"{blocks[name] / blocks[ours]:.2f}x" for ours in (OURS, LAYER))]
+        row += [f"{outside:.3f}", *(f"{blocks[name] / blocks[ours]:.2f}x" for ours in (OURS, ROUTERS))]
         yield f"| {' | '.join([*row, f'{step / outside:.2f}x'])} |"
     reasons = {(name, reason): None for cell in record["cells"] for name, reason in cell["left_out"].items()}
     yield from (f"\nA dash for {name}: {reason}." for name, reason in reasons)
