@@ -8,7 +8,8 @@ well, compiled, on the hidden states of the workload: what a step takes outside 
 experts make it faster.
 
     PYTHONPATH=. python benchmarks/end_to_end.py --json FILE
-    PYTHONPATH=. python benchmarks/end_to_end.py --report FILE      the tables again
+    PYTHONPATH=. python benchmarks/end_to_end.py --report FILE [FILE ...]
+                                  the tables again; what later files have takes the place of what earlier ones have
 """
 
 import argparse
@@ -36,6 +37,7 @@ IMPLEMENTATIONS = (*THEIRS, OURS, ROUTERS)
 # Of a result's row from grouped_mm's. The one in the middle counts: a router that hesitates between two experts may
 # take the other one after a different rounding, or at equal logits.
 TOLERANCE = 2e-2
+RUNS = {"as-is": "as it is", "compiled": "compiled, CUDA graph"}
 NOT_COMPILED = "its loop over experts looks at the ids on the host, so there is no whole graph"
 COPIES = "it would copy {:.0f} GB of weights, those of every route"
 
@@ -48,11 +50,12 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--context", type=int, default=256, help="tokens in the cache (default %(default)s)")
     parser.add_argument("--steps", type=int, default=16, help="steps of a sample (default %(default)s)")
     parser.add_argument("--prefill", type=int, nargs="*", default=[4096], help="tokens of a prompt")
+    parser.add_argument("--run", nargs="+", choices=RUNS, default=[*RUNS], help="default: both")
     parser.add_argument("--rounds", type=int, default=7, help="default %(default)s")
     parser.add_argument("--implementations", nargs="+", choices=IMPLEMENTATIONS, default=IMPLEMENTATIONS)
     parser.add_argument("--small", action="store_true", help="a tiny model in float32 on the CPU, to try the program")
     parser.add_argument("--json", help="a file for the results")
-    parser.add_argument("--report", help="print the tables of such a file, and run nothing")
+    parser.add_argument("--report", nargs="+", help="print the tables of such files, and run nothing")
     args = parser.parse_args()
     if not args.small and not args.report and not torch.cuda.is_available():
         parser.error("there is no CUDA GPU: pass --small to try the program on the CPU")
@@ -210,7 +213,7 @@ def run(args: argparse.Namespace) -> dict:
         "rounds": args.rounds, "cells": [],
     }  # fmt: skip
     for kind, workload in workloads(model, args):
-        for compiled in (False, True):
+        for compiled in sorted(run == "compiled" for run in args.run):
             reasons = {name: unusable(name, model, workload.tokens, compiled) for name in args.implementations}
             names = [name for name, reason in reasons.items() if reason is None]
             start = time.perf_counter()
@@ -227,15 +230,22 @@ def best(cell: dict, part: str) -> tuple[str, float]:
     return min(((name, ms) for name, ms in cell[part].items() if name in THEIRS), key=lambda pair: pair[1])
 
 
-def report(record: dict) -> Iterator[str]:
+def report(records: list[dict]) -> Iterator[str]:
     """The tables."""
-    facts = "{device}, torch {torch}, triton {triton}, transformers {transformers}, {date}, {dtype}; ".format(**record)
-    yield facts + "{layers} of 48 layers, {vocabulary} words, {context} tokens in the cache.\n".format(**record)
+    facts = (
+        "{device}, torch {torch}, triton {triton}, transformers {transformers}, {date}, {dtype}; {layers} of 48 layers"
+    )
+    facts += ", {vocabulary} words, {context} tokens in the cache.\n"
+    yield from dict.fromkeys(facts.format(**record) for record in records)
+    cells = {
+        (cell["workload"], cell["tokens"], cell["compiled"]): cell for record in records for cell in record["cells"]
+    }
+    cells = cells.values()
     yield "Tokens per second.\n"
     columns = [*IMPLEMENTATIONS, "moe_ops / theirs", "+ routers / theirs"]
     yield f"| workload | run | {' | '.join(columns)} |\n|{' --- |' * (len(columns) + 2)}"
-    for cell in record["cells"]:
-        row = [_title(cell), "compiled, CUDA graph" if cell["compiled"] else "as it is"]
+    for cell in cells:
+        row = [_title(cell), RUNS["compiled" if cell["compiled"] else "as-is"]]
         row += [_number(cell["tokens"] * 1e3, cell["step"].get(name), ".0f") for name in IMPLEMENTATIONS]
         row += [_number(best(cell, "step")[1], cell["step"].get(name), ".2f") for name in (OURS, ROUTERS)]
         yield f"| {' | '.join(row)} |"
@@ -243,7 +253,7 @@ def report(record: dict) -> Iterator[str]:
     columns = ["theirs", "their blocks", "moe_ops", "its blocks", "+ routers", "its blocks", "outside", "blocks"]
     columns += ["blocks, + routers", "if blocks took no time"]
     yield f"| workload | {' | '.join(columns)} |\n|{' --- |' * (len(columns) + 1)}"
-    for cell in record["cells"]:
+    for cell in cells:
         if not cell["compiled"]:
             continue
         (name, step), blocks = best(cell, "step"), cell["blocks"]
@@ -253,7 +263,7 @@ def report(record: dict) -> Iterator[str]:
         outside = cell["step"][OURS] - blocks[OURS]
         row += [f"{outside:.3f}", *(f"{blocks[name] / blocks[ours]:.2f}x" for ours in (OURS, ROUTERS))]
         yield f"| {' | '.join([*row, f'{step / outside:.2f}x'])} |"
-    reasons = {(name, reason): None for cell in record["cells"] for name, reason in cell["left_out"].items()}
+    reasons = {(name, reason): None for cell in cells for name, reason in cell["left_out"].items()}
     yield from (f"\nA dash for {name}: {reason}." for name, reason in reasons)
 
 
@@ -268,11 +278,11 @@ def _number(numerator: float, milliseconds: float | None, form: str) -> str:
 def main() -> None:
     """Runs the command."""
     args = parse_args()
-    record = json.loads(Path(args.report).read_text()) if args.report else run(args)
+    records = [json.loads(Path(file).read_text()) for file in args.report] if args.report else [run(args)]
     if args.json:
-        Path(args.json).write_text(json.dumps(record, indent=1) + "\n")
+        Path(args.json).write_text(json.dumps(records[0], indent=1) + "\n")
     if set(args.implementations) == set(IMPLEMENTATIONS):
-        print(*report(record), sep="\n")
+        print(*report(records), sep="\n")
 
 
 if __name__ == "__main__":

@@ -142,6 +142,29 @@ def test_family_in_16_bits(family, calls):
     assert calls and 0 < ours <= FACTOR * eager and eager <= MOST, (ours, eager)
 
 
+@pytest.mark.parametrize("name", ("deepseek_v3", "mixtral", "qwen3_moe"))
+def test_fused_routers_in_16_bits(name):
+    """No worse than the routers of transformers, both against the same weights in float32; captured, too."""
+    _, model = families.verdict_of(name, DEVICE)
+    expected = families.outputs(model.bfloat16().float(), "eager", 48).double()
+    model = model.bfloat16()
+    eager = rows(families.outputs(model, "eager", 48), expected).median().item()
+    assert integration.fuse_routers(model)
+    ours = rows(families.outputs(model, "moe_ops", 48), expected).median().item()
+    assert 0 < ours <= FACTOR * eager and eager <= MOST, (ours, eager)
+    block = next(block for block in model.modules() if hasattr(block, "experts") and hasattr(block, "gate"))
+    x = torch.randn(1, 33, block.gate.weight.shape[1], device=DEVICE, dtype=torch.bfloat16)
+    graph = torch.cuda.CUDAGraph()
+    with torch.no_grad():
+        block(x)
+        torch.cuda.synchronize()
+        with torch.cuda.graph(graph):
+            out = block(x)
+        x.copy_(torch.randn(x.shape))
+        graph.replay()
+        assert torch.equal(out, block(x))
+
+
 @pytest.mark.parametrize("family", GENERATE)
 def test_generate(family, calls):
     """The same tokens as with eager experts, in float32."""
