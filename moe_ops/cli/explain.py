@@ -41,7 +41,7 @@ def add_parser(commands) -> None:
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    add_shape_options(parser, "one of --model and --shape is needed")
+    add_shape_options(parser, "one of --model, --common and --shape is needed")
     parser.add_argument("--tokens", type=token_counts, default=_TOKENS, help="token counts, comma-separated")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     add_format_option(parser)
@@ -58,7 +58,7 @@ def run(options: argparse.Namespace) -> int:
     """Runs the command."""
     shapes = chosen_shapes(options)
     if not shapes:
-        raise UsageError("it needs a --model or a --shape; --help lists the known ones")
+        raise UsageError("it needs a --model, a --shape or --common; --help lists the known ones")
     card = find_card(options.device)
     form, dtype = FORMATS.get(options.format), getattr(torch, options.dtype)
     record = {"device": card.device.name, "dtype": options.dtype, "format": options.format, "calls": []}

@@ -4,7 +4,7 @@ import argparse
 
 from moe_ops.cli.calls import SHAPES, Sizes, parse_shape
 from moe_ops.cli.formats import FORMATS
-from moe_ops.cli.models import MODELS, find_model
+from moe_ops.cli.models import COMMON, MODELS, find_sizes
 
 
 class UsageError(ValueError):
@@ -38,17 +38,23 @@ def shape(text: str) -> tuple[str, Sizes]:
 
 
 def add_shape_options(parser: argparse.ArgumentParser, default: str) -> None:
-    """Adds --model, --shape, --tp and --ep."""
+    """Adds --model, --common, --shape, --tp and --ep."""
     parser.add_argument(
         "--model", action="append", default=[], metavar="NAME",
-        help=f"a model's name, or the path of its config.json; repeatable; known: {', '.join(MODELS)}",
+        help="a model's name, or the path of its config.json, with :tp8 or :ep8 behind it for one of so many ranks; "
+        f"repeatable; known: {', '.join(MODELS)}",
+    )  # fmt: skip
+    parser.add_argument(
+        "--common", action="store_true",
+        help=f"every model of {', '.join(d.name for d in COMMON)} that is served in this --format",
     )  # fmt: skip
     parser.add_argument(
         "--shape", action="append", type=shape, default=[], metavar="SHAPE",
         help=f"E,TOPK,H,I as one rank has them, or one of {', '.join(SHAPES)}; repeatable ({default})",
     )  # fmt: skip
-    parser.add_argument("--tp", type=positive, default=1, metavar="N", help="ranks that share each expert of --model")
-    parser.add_argument("--ep", type=positive, default=1, metavar="N", help="ranks that share the experts of --model")
+    ranks = "ranks that share {} of --model, where its name does not say"
+    parser.add_argument("--tp", type=positive, default=1, metavar="N", help=ranks.format("each expert"))
+    parser.add_argument("--ep", type=positive, default=1, metavar="N", help=ranks.format("the experts"))
 
 
 def add_format_option(parser: argparse.ArgumentParser) -> None:
@@ -68,13 +74,14 @@ def chosen_shapes(options: argparse.Namespace) -> dict[str, Sizes]:
     shapes = dict(options.shape)
     if (options.tp > 1 or options.ep > 1) and not options.model:
         raise UsageError("--tp and --ep divide a --model; a --shape is what one rank has already")
-    for name in options.model:
-        try:
-            short, model = find_model(name)
-            sizes = model.sizes(options.tp, options.ep)
-        except ValueError as error:
-            raise UsageError(f"--model {name}: {error}") from error
-        short += f"-tp{options.tp}" if options.tp > 1 else ""
-        short += f"-ep{options.ep}" if options.ep > 1 else ""
-        shapes[short] = sizes
+    common = [d.name for d in COMMON if options.format in d.formats] if options.common else []
+    if options.common and not common:
+        raise UsageError(f"--common has no model that is served in --format {options.format}; name one with --model")
+    for names, ranks in ((common, ()), (options.model, (options.tp, options.ep))):
+        for name in names:
+            try:
+                short, sizes = find_sizes(name, *ranks)
+            except ValueError as error:
+                raise UsageError(f"--model {name}: {error}") from error
+            shapes[short] = sizes
     return shapes

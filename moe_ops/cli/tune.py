@@ -58,7 +58,7 @@ def add_parser(commands) -> None:
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    add_shape_options(parser, "one of --model and --shape is needed")
+    add_shape_options(parser, "one of --model, --common and --shape is needed")
     parser.add_argument("--tokens", type=token_counts, default=TOKENS, help="token counts to tune, comma-separated")
     parser.add_argument("--dtype", choices=("bfloat16", "float16"), default="bfloat16")
     add_format_option(parser)
@@ -96,7 +96,7 @@ def run(options: argparse.Namespace) -> int:
     """Runs the command."""
     shapes = chosen_shapes(options)
     if not shapes:
-        raise UsageError("it needs a --model or a --shape; --help lists the known ones")
+        raise UsageError("it needs a --model, a --shape or --common; --help lists the known ones")
     if options.dry_run:
         return _dry_run(options, shapes)
     if options.device is not None:

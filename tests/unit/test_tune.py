@@ -196,7 +196,7 @@ def test_a_kill_leaves_whole_files_and_the_next_run_goes_on(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ([], "needs a --model or a --shape"),
+        ([], "needs a --model, a --shape or --common"),
         ([*SHAPE, "--device", "h200"], "--device is for --dry-run"),
         ([*SHAPE, "--dry-run", "--device", "h900"], "--device 'h900' is not a device that is known"),
         ([*SHAPE, "--dry-run", "--device", "a100", "--format", "fp8_block"], "fp8 needs 8.9"),
