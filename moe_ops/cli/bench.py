@@ -20,7 +20,8 @@ from moe_ops.cli.peers import PEERS
 from moe_ops.cli.progress import Progress
 from moe_ops.cli.recorded import beside, check_recorded, load_peers
 
-DEFAULT_VARIANTS = (*OURS, "grouped_mm")
+_PATHS = ("tma", "classic")
+DEFAULT_VARIANTS = (*_PATHS, "grouped_mm")
 _DEVICE = "cuda"
 
 
@@ -38,6 +39,7 @@ def add_parser(commands) -> None:
         "rate is the one in the limits.",
         epilog="examples:\n  python -m moe_ops bench --model qwen3-30b-a3b --tokens 1,64,4096\n"
         "  python -m moe_ops bench --model deepseek-v3 --tp 8 --format fp8_block --stages --json now.json\n"
+        "  python -m moe_ops bench --common --variant heuristic --variant tuned --markdown tiles.md\n"
         "  python -m moe_ops bench --shape 8,2,4096,14336 --compare before.json --markdown table.md --plot plots",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -46,7 +48,10 @@ def add_parser(commands) -> None:
     parser.add_argument(
         "--routing", action="append", choices=ROUTINGS, help="how tokens choose experts; repeatable (default: uniform)"
     )
-    variants = f"{', '.join((*OURS, *PEERS))}; repeatable (default: {' '.join(DEFAULT_VARIANTS)}; with --format ours)"
+    variants = f"{', '.join((*OURS, *PEERS))}; repeatable (default: {' '.join(DEFAULT_VARIANTS)}; with --format "
+    variants += (
+        f"{' '.join(_PATHS)}). tma and classic: that path; heuristic: without a table of tuned tiles; tuned: with"
+    )
     parser.add_argument("--variant", action="append", choices=(*OURS, *PEERS), metavar="NAME", help=variants)
     parser.add_argument("--peers", action="store_true", help="add every peer that can be imported")
     parser.add_argument("--recorded", metavar="FILE", help="show the best of the peers recorded in FILE")
@@ -102,6 +107,8 @@ def run(options: argparse.Namespace) -> int:
                 progress.advance()
             del args  # the next shape's weights are made after this
     print(table.differences(record["cells"]))
+    for line in table.tiles(record["cells"]):
+        print(line)
     if form is not None:
         print(table.oracle(record["cells"]))
     if before is not None:
@@ -122,7 +129,7 @@ def choose_variants(options: argparse.Namespace) -> tuple[list[str], dict[str, s
     Raises:
         ValueError: nothing of it can run.
     """
-    asked = list(dict.fromkeys(options.variant or (DEFAULT_VARIANTS if options.format == "none" else OURS)))
+    asked = list(dict.fromkeys(options.variant or (DEFAULT_VARIANTS if options.format == "none" else _PATHS)))
     if options.format != "none" and (options.peers or set(asked) & set(PEERS)):
         name = "--peers" if options.peers else f"--variant {next(name for name in asked if name in PEERS)}"
         raise ValueError(f"{name} multiplies unquantised weights; leave out --format, or pass --recorded")

@@ -5,7 +5,7 @@ from pathlib import Path
 
 MISSING = "--plot needs matplotlib: pip install moe-ops-tma[bench]"
 
-_OURS = ("tma", "classic")
+_OURS = ("tma", "classic", "heuristic", "tuned")
 
 
 def available() -> bool:

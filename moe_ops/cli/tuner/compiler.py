@@ -8,6 +8,9 @@ import os
 from collections.abc import Mapping
 from dataclasses import replace
 
+import torch
+from triton.runtime import driver
+
 from moe_ops.aot.compiler import compile_for
 from moe_ops.aot.recording import Launch, Operand, Recording, contiguous_strides
 from moe_ops.arguments import TENSOR_ARGUMENTS
@@ -57,7 +60,10 @@ class Compiler:
         launches = recorded(Call.from_json(request["call"]), tiles, self._device)[request["part"]]
         major, minor = self._device.capability
         for launch in launches:
-            compile_for(launch, 10 * major + minor)
+            compiled = compile_for(launch, 10 * major + minor)
+            if torch.cuda.is_available():
+                # Older versions of Triton have a launcher in C for each signature, which takes a compiler too.
+                driver.active.launcher_cls(compiled.src, compiled.metadata)
         return len(launches)
 
 

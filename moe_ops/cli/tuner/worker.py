@@ -10,7 +10,7 @@ from moe_ops.cli import harness
 from moe_ops.cli.calls import make_call, make_weights
 from moe_ops.cli.check import Check, prepare_check
 from moe_ops.cli.env import versions
-from moe_ops.cli.measure import own_call
+from moe_ops.cli.measure import forced
 from moe_ops.cli.tuner.calls import Call, tiles_from_json
 from moe_ops.cli.tuner.serving import Send, one_line, serve
 from moe_ops.devices import describe
@@ -159,16 +159,3 @@ class Engine:
 
 
 _PER_TOKEN = ("hidden_states", "topk_weights", "topk_ids")
-
-
-def forced(args: Arguments, path: str, tiles: Tiles) -> harness.Call:
-    """A call with these tiles, whatever the heuristic or a table says."""
-    from moe_ops.testing import override
-
-    call = own_call(args, path)
-
-    def run() -> torch.Tensor:
-        with override(path=path, variant=tiles.variant, config=(tiles.up, tiles.down)):
-            return call()
-
-    return run
