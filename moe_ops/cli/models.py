@@ -5,10 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from moe_ops.cli.calls import Sizes
+from moe_ops.cli.calls import MAX_SIZE, Sizes
 from moe_ops.tuning.files import ConfigError, is_there, read_json
-
-_MAX_SIZE = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -165,7 +163,7 @@ def find_model(name: str) -> tuple[str, Model]:
         ValueError: there is none; the message says what was expected.
     """
     path = Path(name)
-    if is_there(path):
+    if name and is_there(path):
         file = path / "config.json" if path.is_dir() else path
         return (file.parent.name or "model") if file.name == "config.json" else file.stem, read_config(file)
     short = name.lower().rsplit("/", 1)[-1]
@@ -200,7 +198,7 @@ def _first(file: Path, value: dict, names: Sequence[str]) -> int:
     for name in names:
         if value.get(name) is not None:
             size = value[name]
-            if type(size) is not int or not 1 <= size <= _MAX_SIZE:
-                raise ConfigError(f"{file}: {name} is {str(size)[:40]}, expected an integer from 1 to {_MAX_SIZE}")
+            if type(size) is not int or not 1 <= size <= MAX_SIZE:
+                raise ConfigError(f"{file}: {name} is {str(size)[:40]}, expected an integer from 1 to {MAX_SIZE}")
             return size
     raise ConfigError(f"{file} has none of {', '.join(names)}: it is not of a model with experts that is known")

@@ -16,7 +16,17 @@ from moe_ops.cli import plots
 from moe_ops.cli.calls import TOKENS, Sizes
 from moe_ops.cli.explain import describe_tile
 from moe_ops.cli.known import ARCHITECTURES, CARDS, known_card
-from moe_ops.cli.options import UsageError, add_format_option, add_shape_options, chosen_shapes, positive, token_counts
+from moe_ops.cli.options import (
+    HelpFormatter,
+    UsageError,
+    add_dtype_option,
+    add_format_option,
+    add_shape_options,
+    add_tokens_option,
+    check_files,
+    chosen_shapes,
+    positive,
+)
 from moe_ops.cli.output import show_table
 from moe_ops.cli.progress import Progress
 from moe_ops.cli.tuner import report, worker
@@ -40,11 +50,12 @@ _EXAMPLES = """examples:
   python -m moe_ops tune --model ./checkpoint/config.json --out ./tables     (then MOE_OPS_CONFIG_DIR=./tables)
   python -m moe_ops tune --model mixtral-8x7b --dry-run --device h200        (lists candidates, needs no GPU)
 
-How it works: candidates near the heuristic's tiles that fit the device are compiled and run once, several at a time,
-in worker processes, so that one that crashes or hangs costs only itself. Those whose result is right are timed in CUDA
-graphs with a cold L2, taking turns in every round. The winner is held against the reference, and has to beat the
-heuristic by more than --margin in rounds of their own; otherwise the heuristic's tiles are kept, and the table says so.
-Killed at any moment, it leaves whole files, and the same command goes on where it was. docs/tuning.md has more."""
+How it works: the kernels of candidates near the heuristic's tiles that fit the device are compiled, each once for all
+models of the run, in worker processes that never touch the GPU, while another one runs and times those that are ready:
+one that crashes or hangs costs only itself. Those whose result is right are timed in CUDA graphs with a cold L2, taking
+turns in every round. The winner is held against the reference, and has to beat the heuristic by more than --margin in
+rounds of their own; otherwise the heuristic's tiles are kept, and the table says so. Killed at any moment, it leaves
+whole files, and the same command goes on where it was. docs/tuning.md has more."""
 
 
 def add_parser(commands) -> None:
@@ -56,29 +67,37 @@ def add_parser(commands) -> None:
         "those sizes, dtype and format use from the next process on. Without a table the heuristic chooses, which is "
         "meant to be good; a table makes it better or leaves it alone. Models with equal experts are tuned once.",
         epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=HelpFormatter,
     )
-    add_shape_options(parser, "one of --model, --common and --shape is needed")
-    parser.add_argument("--tokens", type=token_counts, default=TOKENS, help="token counts to tune, comma-separated")
-    parser.add_argument("--dtype", choices=("bfloat16", "float16"), default="bfloat16")
-    add_format_option(parser)
-    parser.add_argument("--path", choices=("auto", "tma", "classic"), default="auto", help="(default: as the op takes)")
-    parser.add_argument(
-        "--out", metavar="DIR", help="where tables go (default: MOE_OPS_CONFIG_DIR if set, else the package's own)"
+    calls = parser.add_argument_group("calls to tune")
+    add_shape_options(calls, "one of --model, --common and --shape is needed")
+    add_tokens_option(calls, TOKENS)
+    add_dtype_option(calls)
+    add_format_option(calls)
+    calls.add_argument(
+        "--path", choices=("auto", "tma", "classic"), default="auto", metavar="NAME",
+        help="auto, tma or classic (default: auto, as the op takes)",
+    )  # fmt: skip
+    how = parser.add_argument_group("how")
+    how.add_argument("--again", action="store_true", help="tune token counts anew that the table has already")
+    how.add_argument(
+        "--margin", type=_percent, default=MARGIN, metavar="P", help="percent that a winner has to gain (default: 2)"
     )
-    parser.add_argument(
+    how.add_argument(
+        "--limit", type=positive, default=90, metavar="S", help="seconds that a candidate may take (default: 90)"
+    )
+    how.add_argument(
         "--workers", type=positive, metavar="N", help="processes that compile (default: three quarters of the CPUs)"
     )
-    parser.add_argument("--limit", type=positive, default=90, metavar="S", help="seconds a candidate may take (90)")
-    parser.add_argument("--margin", type=_percent, default=MARGIN, metavar="P", help="percent a winner must gain (2)")
-    parser.add_argument("--again", action="store_true", help="tune token counts anew that the table has already")
-    parser.add_argument("--plot", metavar="DIR", help="where the PNG goes (default: here; needs matplotlib)")
-    parser.add_argument("--json", metavar="FILE", help="write everything that was found to FILE")
-    parser.add_argument("--log", metavar="FILE", help="append what compilers and drivers print to FILE")
-    parser.add_argument("--dry-run", action="store_true", help="list the candidates and measure nothing")
-    parser.add_argument(
-        "--device", metavar="NAME", help=f"with --dry-run: one of {', '.join((*CARDS, *ARCHITECTURES))}"
+    how.add_argument("--dry-run", action="store_true", help="list the candidates and measure nothing")
+    how.add_argument("--device", metavar="NAME", help=f"with --dry-run: one of {', '.join((*CARDS, *ARCHITECTURES))}")
+    output = parser.add_argument_group("output")
+    output.add_argument(
+        "--out", metavar="DIR", help="where tables go (default: MOE_OPS_CONFIG_DIR if set, else the package's own)"
     )
+    output.add_argument("--plot", metavar="DIR", help="where the PNGs go (default: here; needs matplotlib)")
+    output.add_argument("--json", metavar="FILE", help="write everything that was found to FILE")
+    output.add_argument("--log", metavar="FILE", help="append what compilers and drivers print to FILE")
     parser.set_defaults(run=run)
 
 
@@ -101,6 +120,7 @@ def run(options: argparse.Namespace) -> int:
         return _dry_run(options, shapes)
     if options.device is not None:
         raise UsageError("--device is for --dry-run; tuning measures the GPU that is here")
+    check_files(options, "json", "log")
     if options.plot is not None and not plots.available():
         raise UsageError(plots.MISSING)
     if not torch.cuda.is_available():
