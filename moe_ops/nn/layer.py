@@ -99,6 +99,7 @@ class MoELayer(nn.Module):
         router_dtype: the logits are computed in this dtype; None: in that of the hidden states.
         shared_intermediate_size: I of the shared expert; None: there is none.
         shared_gate: the shared expert is weighted by the sigmoid of a Linear.
+        ep_group: as `FusedExperts`: the experts are spread over these ranks, and everything else is on all of them.
         device: of the tensors.
         dtype: of the parameters.
         **experts: options of `FusedExperts`: activation, bias, quantization, block_shape, path, ...
@@ -133,6 +134,7 @@ class MoELayer(nn.Module):
         router_dtype: torch.dtype | None = None,
         shared_intermediate_size: int | None = None,
         shared_gate: bool = False,
+        ep_group: object | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         **experts,
@@ -152,7 +154,9 @@ class MoELayer(nn.Module):
             "routed_scaling_factor": routed_scaling_factor,
         }
         factory = {"device": device, "dtype": dtype}
-        self.experts = FusedExperts(num_experts, hidden_size, intermediate_size, **experts, **factory)
+        self.experts = FusedExperts(
+            num_experts, hidden_size, intermediate_size, ep_group=ep_group, **experts, **factory
+        )
         # What is wrong with the routing shows here, and not at the first token.
         make_router(torch.empty(0, num_experts, device="meta"), top_k, **self.routing)
         self.router = nn.Linear(hidden_size, num_experts, bias=router_bias, **factory)

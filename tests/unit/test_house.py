@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import moe_ops
+import moe_ops.distributed
 import moe_ops.nn
 import moe_ops.testing
 
@@ -22,7 +23,7 @@ MAX_LINES = 400
 # From the bottom up: a module imports from its own layer and from those below, and from nothing else of the package.
 LAYERS = (
     {"schema", "env", "devices", "activations", "arguments", "checks", "memory", "routing"},
-    {"problem", "quantization", "router"},
+    {"problem", "quantization", "router", "exchange"},
     {"reference"},
     {"tuning"},
     {"dispatch"},
@@ -39,7 +40,10 @@ BESIDE = {
 # What backends may have of dispatch: what was decided, and never the deciding.
 PLAN_NAMES = {"Plan", "row_stride"}
 # (module, group it imports in spite of its layer): only where the import waits for its first use.
-LAZY = {("registration", "backends"), ("tuning.tuner", "backends"), ("nn.experts", "integrations")}
+LAZY = {
+    ("registration", "backends"), ("tuning.tuner", "backends"), ("nn.experts", "integrations"),
+    ("nn.experts", "distributed"),
+}  # fmt: skip
 
 
 def module_name(file: Path) -> str:
@@ -55,7 +59,14 @@ def short(value) -> str:
 def imports(tree: ast.AST) -> Iterator[tuple[str, str, bool]]:
     """(module, imported name or "", inside a function) of every import."""
     inside = {id(node) for f in ast.walk(tree) if isinstance(f, ast.FunctionDef | ast.Lambda) for node in ast.walk(f)}
+    # What is there for type checkers alone is never imported.
+    types = {
+        id(node) for f in ast.walk(tree) if isinstance(f, ast.If) and dotted(f.test) == "TYPE_CHECKING"
+        for node in ast.walk(f)
+    }  # fmt: skip
     for node in ast.walk(tree):
+        if id(node) in types:
+            continue
         if isinstance(node, ast.Import):
             yield from ((alias.name, "", id(node) in inside) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -278,7 +289,7 @@ print(*moe_ops.fused_moe(x, torch.ones(2, 16, 16), torch.ones(2, 16, 8), torch.o
 
 PUBLIC = [
     pytest.param(value, id=f"{module.__name__}.{name}")
-    for module in (moe_ops, moe_ops.nn, moe_ops.testing)
+    for module in (moe_ops, moe_ops.distributed, moe_ops.nn, moe_ops.testing)
     for name in module.__all__
     if inspect.isclass(value := getattr(module, name)) or inspect.isroutine(value)
 ]
@@ -317,7 +328,9 @@ def test_docstring(value):
     assert ">>> " in section(docstring, "Example"), "no example"
 
 
-@pytest.mark.parametrize("module", [moe_ops, moe_ops.nn, moe_ops.testing], ids=lambda module: module.__name__)
+@pytest.mark.parametrize(
+    "module", [moe_ops, moe_ops.distributed, moe_ops.nn, moe_ops.testing], ids=lambda module: module.__name__
+)
 def test_all(module):
     assert sorted(set(module.__all__), key=str) == sorted(module.__all__, key=str)
     assert all(hasattr(module, name) for name in module.__all__)
