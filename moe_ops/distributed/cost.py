@@ -140,18 +140,30 @@ def estimate(
     return Traffic(way, rows, out, back, seconds)
 
 
-def choose_way(num_tokens: int, *, capacity: int | None = None, **sizes) -> tuple[Traffic, Traffic]:
+def choose_way(
+    num_tokens: int, *, capacity: int | None = None, host_sync: bool = False, **sizes
+) -> tuple[Traffic, Traffic]:
     """The faster way for so many tokens on every rank, and the other one.
 
     Args:
         num_tokens: M, the largest of the ranks.
         capacity: of the all-to-all, as `estimate`.
+        host_sync: of the all-to-all, as `estimate`.
         **sizes: as `estimate`.
 
     Returns:
         (the faster, the other); equal ones in the order "gather", "alltoall".
+
+    Example:
+        >>> from moe_ops.distributed import choose_way
+        >>> sizes = {"hidden_size": 7168, "top_k": 8, "num_ranks": 8, "row_bytes": 7552, "back_bytes": 4}
+        >>> [choose_way(tokens, host_sync=True, **sizes)[0].way for tokens in (16, 4096)]
+        ['gather', 'alltoall']
     """
     gather, alltoall = (
-        estimate(way, num_tokens, capacity=capacity if way == "alltoall" else None, **sizes) for way in WAYS
+        estimate(
+            way, num_tokens, **({"capacity": capacity, "host_sync": host_sync} if way == "alltoall" else {}), **sizes
+        )
+        for way in WAYS
     )
     return (alltoall, gather) if alltoall.seconds < gather.seconds else (gather, alltoall)

@@ -217,7 +217,7 @@ class ExpertParallel:
         )
 
     def sizes(self, formats: Formats) -> dict[str, object]:
-        """What `estimate` has to know of a call."""
+        """What `choose_way` has to know of a call."""
         return {
             "hidden_size": formats.layout.hidden_size, "top_k": formats.layout.top_k, "num_ranks": self.group.size,
             "row_bytes": formats.layout.row_bytes, "back_bytes": formats.combine_dtype.itemsize,
