@@ -113,7 +113,7 @@ def placements(me):
 def exact(me):
     """Every value an integer: bit for bit the op of one process."""
     counts = uneven(me.size)
-    args = exact_inputs(num_tokens=sum(counts), dtype=torch.bfloat16, **SIZES)
+    args = exact_inputs(num_tokens=sum(counts), dtype=torch.bfloat16, device=me.device, **SIZES)
     expected = of_rank(args, counts, me.rank)
     expected = torch.ops.moe_ops.fused_moe_tma(*(getattr(expected, n) for n in
         ("hidden_states", "w1", "w2", "topk_weights", "topk_ids")))  # fmt: skip
@@ -135,7 +135,7 @@ def _formats(me, names):
     counts = uneven(me.size)
     for name in names:
         for way in ("gather padded", "alltoall", "alltoall padded"):
-            args = quantized_case(name, torch.bfloat16, num_tokens=sum(counts), experts=5, top_k=3)
+            args = quantized_case(name, torch.bfloat16, me.device, num_tokens=sum(counts), experts=5, top_k=3)
             with poisoned_memory():
                 quantized = check(me, args, counts, **WAYS[way])
             if FORMATS[name]["quantization"].endswith("w8a8") and not FORMATS[name].get("inputs_given"):
@@ -211,7 +211,7 @@ def capacity_on_one_rank(me):
     counts = [6] * me.size
     args = draw(me, counts)
     args.topk_ids[:6] = 0  # only the tokens of rank 0 go all to one rank
-    args.topk_ids[6:] = torch.arange(6 * (me.size - 1))[:, None] % 5
+    args.topk_ids[6:] = torch.arange(6 * (me.size - 1), device=me.device)[:, None] % 5
     options = {"way": "alltoall", "max_tokens": 6, "capacity": 5}
     _, _, ep = run(me, args, counts, on_overflow="error", **options)
     assert ep.overflow.item() == 1
@@ -247,10 +247,10 @@ def meshes(me):
 def layers(me):
     """MoELayer with a state dict of all experts; uneven, quantised, with a shared expert."""
     torch.manual_seed(0)
-    make = {"hidden_size": 48, "intermediate_size": 32, "num_experts": 5, "top_k": 2}
+    make = {"hidden_size": 48, "intermediate_size": 32, "num_experts": 5, "top_k": 2, "device": me.device}
     options = {"renormalize": True, "shared_intermediate_size": 16, "bias": True}
     whole = MoELayer(**make, **options)
-    x = torch.randn(2, 3 + me.rank, 48)
+    x = torch.randn(2, 3 + me.rank, 48, device=me.device)
     placement = Placement(((4, 0), *((e,) for e in (1, 2, 3)[: me.size - 2]), (1, 2, 3)[me.size - 2 :]))
     for quantization in (None, "int4_w4a16"):
         more = {}
@@ -266,7 +266,7 @@ def layers(me):
                 torch.testing.assert_close(layer(x), whole(x), rtol=1e-5, atol=1e-6)
             assert layer.experts.explain(6, 2).way in ("gather", "alltoall")
     assert f"of 5 experts, rank {me.rank} of {me.size}" in repr(layer.experts)
-    experts = FusedExperts(5, 48, 32, ep_group=dist.group.WORLD)
+    experts = FusedExperts(5, 48, 32, ep_group=dist.group.WORLD, device=me.device)
     experts.load_state_dict(shard_state_dict(FusedExperts(5, 48, 32).state_dict(), experts.ep.placement, me.rank, ""))
     out = layer(x.requires_grad_())
     try:
@@ -306,6 +306,54 @@ def _traced(me, backend):
 
 
 @case
+def graphs(me):
+    """In a CUDA graph, with other tokens at every replay, some of which find no room; and what none can hold."""
+    counts = [6] * me.size
+    for options in (
+        {"way": "gather", "max_tokens": 8},
+        {"way": "alltoall", "max_tokens": 8},
+        {"way": "alltoall", "max_tokens": 8, "capacity": 5, "on_overflow": "error"},
+    ):
+        calls = [of_rank(draw(me, counts, dtype=torch.bfloat16, seed=seed), counts, me.rank) for seed in range(4)]
+        calls[3].topk_ids.fill_(0)
+        ep = ExpertParallel(None, 5, **options)
+        (x, w1, w2, topk_weights, topk_ids), named = of_experts(calls[0], ep.local_experts)
+        x, topk_weights, topk_ids = (tensor.clone() for tensor in (x, topk_weights, topk_ids))
+        weights = w1.clone(), w2.clone()
+
+        def run_it(tensors=(x, *weights, topk_weights, topk_ids), ep=ep, named=named):
+            return ep.fused_moe(*tensors, **named)
+
+        run_it()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            out = run_it()
+        for seed, mine in enumerate(calls):
+            x.copy_(mine.hidden_states)
+            topk_weights.copy_(mine.topk_weights)
+            topk_ids.copy_(mine.topk_ids)
+            (_, w1, w2, *_), _ = of_experts(mine, ep.local_experts)
+            for kept, other in zip(weights, (w1, w2), strict=True):
+                kept.copy_(other)
+            graph.replay()
+            if seed == 3 and "capacity" in options:
+                assert out[5:].isnan().all() and not out[:5].isnan().any()
+            else:
+                hold(out, mine)
+        assert bool(ep.overflow.item()) == ("capacity" in options)
+    ep = ExpertParallel(None, 5)
+    run_it(ep=ep)
+    try:
+        with torch.cuda.graph(torch.cuda.CUDAGraph(), capture_error_mode="thread_local"):
+            run_it(ep=ep)
+    except ValueError as error:
+        assert "pass max_tokens" in str(error)
+    else:
+        raise AssertionError("no error")
+
+
+@case
 def traced(me):
     _traced(me, "aot_eager")
 
@@ -319,11 +367,12 @@ def compiled(me):
 def compiled_layer(me):
     """Of any M."""
     torch.manual_seed(0)
-    layer = MoELayer(48, 32, num_experts=5, top_k=2, ep_group=ExpertParallel(None, 5, max_tokens=16, way="gather"))
+    ep = ExpertParallel(None, 5, max_tokens=16, way="gather")
+    layer = MoELayer(48, 32, num_experts=5, top_k=2, ep_group=ep, device=me.device)
     compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend="inductor")
     with torch.no_grad():
         for tokens in (5, 7, 16):
-            x = torch.randn(tokens, 48)
+            x = torch.randn(tokens, 48, device=me.device)
             torch.testing.assert_close(compiled(x), layer(x), rtol=1e-5, atol=1e-6)
 
 

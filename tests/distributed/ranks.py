@@ -15,8 +15,9 @@ import traceback
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-# Seconds: of the group, after which a collective without a partner fails, and of a whole run.
-GROUP_TIMEOUT, RUN_TIMEOUT = 20, 300
+# Seconds: of the group, after which a collective without a partner fails (kernels compile meanwhile on a GPU), and of
+# a whole run.
+GROUP_TIMEOUT, RUN_TIMEOUT = {"gloo": 20, "nccl": 90}, 500
 
 
 def run_cases(module: str, names: list[str], world_size: int, backend: str = "gloo") -> dict[str, list[str]]:
@@ -82,7 +83,7 @@ class Rank:
         self.round += 1
         dist.init_process_group(
             self.backend, store=dist.PrefixStore(f"round{self.round}", self.store), rank=self.rank,
-            world_size=self.size, timeout=datetime.timedelta(seconds=GROUP_TIMEOUT),
+            world_size=self.size, timeout=datetime.timedelta(seconds=GROUP_TIMEOUT[self.backend]),
         )  # fmt: skip
 
     @property
