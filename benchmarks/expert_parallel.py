@@ -178,7 +178,7 @@ def network(rounds: int) -> tuple[dict, Network]:
     sent = SIZES[-1] * (size - 1)
     least = statistics.mean(times[SIZES[0]] for times in table.values())
     most = statistics.mean(times[SIZES[-1]] for times in table.values())
-    return table, Network(bandwidth=sent / (most - least), latency=least)
+    return table, Network(bandwidth=sent / max(most - least, most / 10), latency=least)
 
 
 def rule(out: torch.Tensor, args: Arguments, found: dict) -> float:
