@@ -11,13 +11,14 @@ if not torch.distributed.is_available():
     )
 
 from moe_ops.distributed.agreement import check_agreement
-from moe_ops.distributed.cost import Network, Traffic, choose_way, estimate, expected_share
+from moe_ops.distributed.cost import WAYS, Network, Traffic, choose_way, estimate, expected_share
 from moe_ops.distributed.experts import CapacityError, ExpertParallel
 from moe_ops.distributed.placement import Placement
 from moe_ops.distributed.plan import DistributedPlan
 from moe_ops.distributed.state import shard_state_dict
 
 __all__ = [
+    "WAYS",
     "CapacityError",
     "DistributedPlan",
     "ExpertParallel",
