@@ -65,7 +65,7 @@ def run(options: argparse.Namespace) -> int:
             for tokens in options.tokens:
                 best, other = choose_way(
                     tokens, hidden_size=hidden, top_k=top_k, num_ranks=gpus, row_bytes=layout.row_bytes,
-                    back_bytes=int(options.combine) // 8, network=network,
+                    back_bytes=int(options.combine) // 8, host_sync=True, network=network,
                 )  # fmt: skip
                 for traffic in sorted((best, other), key=lambda traffic: WAYS.index(traffic.way)):
                     faster = traffic is best

@@ -19,6 +19,8 @@ class Network:
     Attributes:
         bandwidth: bytes per second that a rank sends to ranks of its node, all together.
         latency: seconds a collective takes, however little it sends.
+        handling: seconds that an all-to-all takes beside its collectives and more than a gather does: rows to find
+            and to sum.
         host_sync: seconds that reading sizes back to the host costs, the launches after it included.
         node_size: ranks of a node; None: all are of one.
         node_bandwidth: bytes per second that a rank sends to other nodes.
@@ -26,6 +28,7 @@ class Network:
 
     bandwidth: float = 300e9
     latency: float = 20e-6
+    handling: float = 15e-6
     host_sync: float = 60e-6
     node_size: int | None = None
     node_bandwidth: float = 50e9
@@ -34,7 +37,7 @@ class Network:
         for name in ("bandwidth", "node_bandwidth"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected bytes per second, above 0")
-        for name in ("latency", "host_sync"):
+        for name in ("latency", "handling", "host_sync"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected seconds, at least 0")
         if self.node_size is not None and self.node_size < 1:
@@ -103,7 +106,7 @@ def estimate(
 
         gather:    (W - 1) * M rows out, and as many partial sums in the reduce-scatter back
         alltoall:  (W - 1) * M * (1 - (1 - 1 / W)^top_k) rows out and back; with a capacity C, (W - 1) * C
-        seconds = latency * collectives + bytes / bandwidth (+ host_sync)
+        seconds = latency * collectives + bytes / bandwidth (+ handling of the all-to-all) (+ host_sync)
 
     Args:
         way: "gather" or "alltoall".
@@ -127,7 +130,7 @@ def estimate(
         >>> from moe_ops.distributed import estimate
         >>> sizes = {"hidden_size": 7168, "top_k": 8, "num_ranks": 64, "row_bytes": 7552, "back_bytes": 2}
         >>> [round(estimate(way, 128, **sizes).rows) for way in ("gather", "alltoall")]
-        [8064, 954]
+        [8064, 955]
     """
     require_name("way", way, WAYS)
     rows = float((num_ranks - 1) * num_tokens)
@@ -136,6 +139,7 @@ def estimate(
     out, back = rows * row_bytes, rows * hidden_size * back_bytes
     collectives = _COLLECTIVES + (1 if host_sync else 0)
     seconds = network.latency * collectives + (network.host_sync if host_sync else 0.0)
+    seconds += network.handling if way == "alltoall" else 0.0
     seconds += network.seconds(out, num_ranks) + network.seconds(back, num_ranks)
     return Traffic(way, rows, out, back, seconds)
 
