@@ -111,7 +111,12 @@ def captured(call, sets):
         with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
             call(*given)
         graphs.append(graph)
-    return lambda index: graphs[index].replay()
+
+    # A graph keeps nothing alive that it reads: not the inputs, and not the tables of an `ExpertParallel`.
+    def replay(index, kept=(call, sets)):
+        graphs[index].replay()
+
+    return replay
 
 
 def eager(call, sets):

@@ -170,6 +170,7 @@ class ExpertParallel:
                 group's timeout, or with `check=True` raise too. Or M is above `max_tokens`.
             RuntimeError: a collective failed.
         """
+        self._check_traced()
         error = formats = None
         try:
             formats = self._checked(hidden_states, w1, w2, topk_weights, topk_ids, arguments)
@@ -285,7 +286,6 @@ class ExpertParallel:
                     f"hidden_states has {x.shape[0]} tokens, expected at most max_tokens = {most}; pass a larger one"
                 ),
             )
-        self._check_traced()
         return make_formats(
             x, topk_ids.shape[1], payload=self.payload, combine_dtype=self.combine_dtype,
             out_dtype=arguments.get("out_dtype"), quantization=arguments.get("quantization", "none"),
@@ -308,7 +308,10 @@ class ExpertParallel:
                 "graph can do that; pass on_overflow='error', or leave capacity out"
             )
         if self.check:
-            raise ValueError("check is True, which reads back to the host; pass check=False under torch.compile")
+            raise ValueError(
+                "check is True, which reads back to the host, and neither torch.compile nor a CUDA graph can do that; "
+                "pass check=False"
+            )
 
     def _compare(self, x: Tensor, w1: Tensor, w2: Tensor, topk_ids: Tensor, arguments: dict,
                  error: Exception | None) -> None:  # fmt: skip

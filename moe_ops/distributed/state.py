@@ -35,8 +35,8 @@ def shard_state_dict(
         >>> from moe_ops.distributed import Placement, shard_state_dict
         >>> from moe_ops.nn import MoELayer
         >>> full = MoELayer(16, 8, num_experts=5, top_k=2).state_dict()
-        >>> {name: list(t.shape) for name, t in shard_state_dict(full, Placement.even(5, 2), rank=1).items()}
-        {'router.weight': [5, 16], 'experts.w1': [2, 16, 16], 'experts.w2': [2, 16, 8]}
+        >>> {name: list(t.shape) for name, t in sorted(shard_state_dict(full, Placement.even(5, 2), 1).items())}
+        {'experts.w1': [2, 16, 16], 'experts.w2': [2, 16, 8], 'router.weight': [5, 16]}
     """
     if not 0 <= rank < placement.num_ranks:
         raise ValueError(f"rank is {rank}, expected 0 .. {placement.num_ranks - 1}, the ranks of the placement")

@@ -244,6 +244,27 @@ def meshes(me):
 
 
 @case
+def beside_fsdp(me):
+    """Dense layers sharded over all ranks, experts over one dimension of a mesh and over all of it."""
+    from torch.distributed.fsdp import fully_shard
+
+    shape, names = ((2, 2), ("dp", "ep")) if me.size == 4 else ((1, me.size), ("dp", "ep"))
+    mesh = init_device_mesh("cpu", shape, mesh_dim_names=names)
+    for group in (mesh["ep"], dist.group.WORLD):
+        torch.manual_seed(0)
+        whole = torch.nn.Sequential(torch.nn.Linear(48, 48), MoELayer(48, 32, num_experts=5, top_k=2))
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(48, 48), MoELayer(48, 32, num_experts=5, top_k=2, ep_group=group))
+        ep = model[1].experts.ep
+        model.load_state_dict(shard_state_dict(whole.state_dict(), ep.placement, ep.group.rank))
+        fully_shard(model[0], mesh=mesh["dp"] if me.size == 4 else mesh["ep"])
+        assert model[0].weight.to_local().shape[0] == 24
+        x = torch.randn(3 + me.rank, 48)
+        with torch.no_grad():
+            torch.testing.assert_close(model(x), whole(x), rtol=1e-5, atol=1e-6)
+
+
+@case
 def layers(me):
     """MoELayer with a state dict of all experts; uneven, quantised, with a shared expert."""
     torch.manual_seed(0)

@@ -10,11 +10,10 @@ from tests.distributed.ranks import run_cases
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="this torch has no torch.distributed")
 
-EVERYWHERE = ("ways", "hostile_ids", "no_tokens", "placements", "exact", "capacity", "capacity_on_one_rank", "meshes",
-              "layers", "disagreements")  # fmt: skip
-ON_TWO = ("routings", "options", "repeated", "formats", "payload_bytes", "rounded_partial_sums", "traced",
-          "wrong_on_one_rank")  # fmt: skip
-IN_FULL = {2: ("all_formats", "compiled", "compiled_layer"), 4: ON_TWO}
+EVERYWHERE = ("ways", "no_tokens", "placements", "capacity_on_one_rank", "meshes", "disagreements")
+ON_TWO = ("hostile_ids", "routings", "options", "exact", "repeated", "formats", "payload_bytes", "rounded_partial_sums",
+          "capacity", "layers", "traced", "wrong_on_one_rank")  # fmt: skip
+IN_FULL = {2: ("all_formats", "compiled", "compiled_layer", "beside_fsdp"), 4: (*ON_TWO, "beside_fsdp")}
 # Ends its run.
 LAST = ("dead_rank",)
 
