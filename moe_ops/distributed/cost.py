@@ -26,8 +26,8 @@ class Network:
         node_bandwidth: bytes per second that a rank sends to other nodes.
     """
 
-    bandwidth: float = 300e9
-    latency: float = 20e-6
+    bandwidth: float = 260e9
+    latency: float = 14e-6
     handling: float = 15e-6
     host_sync: float = 60e-6
     node_size: int | None = None
