@@ -1,7 +1,7 @@
 """`MoELayer`: router, experts and shared expert, from hidden states to hidden states."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -10,9 +10,16 @@ from torch.nn import functional
 from moe_ops.activations import ACTIVATIONS
 from moe_ops.api import topk_route
 from moe_ops.checks import require_name
-from moe_ops.nn.experts import FusedExperts, keep_dtype
+from moe_ops.nn.experts import FusedExperts
+from moe_ops.nn.moves import keep_dtype
 from moe_ops.reference import nonlinearity
 from moe_ops.router import make_router
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
+
+    from moe_ops.distributed import ExpertParallel
 
 _SHARED_ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "silu_no_gate", "gelu_no_gate", "relu2_no_gate")
 
@@ -100,6 +107,7 @@ class MoELayer(nn.Module):
         router_dtype: the logits are computed in this dtype; None: in that of the hidden states.
         shared_intermediate_size: I of the shared expert; None: there is none.
         shared_gate: the shared expert is weighted by the sigmoid of a Linear.
+        ep_group: as `FusedExperts`: the experts are spread over these ranks, and everything else is on all of them.
         device: of the tensors.
         dtype: of the parameters.
         **experts: options of `FusedExperts`: activation, bias, quantization, block_shape, path, ...
@@ -136,6 +144,7 @@ class MoELayer(nn.Module):
         router_dtype: torch.dtype | None = None,
         shared_intermediate_size: int | None = None,
         shared_gate: bool = False,
+        ep_group: "ProcessGroup | DeviceMesh | ExpertParallel | None" = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         **experts: Any,
@@ -155,7 +164,9 @@ class MoELayer(nn.Module):
             "routed_scaling_factor": routed_scaling_factor,
         }
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.experts = FusedExperts(num_experts, hidden_size, intermediate_size, **experts, **factory)
+        self.experts = FusedExperts(
+            num_experts, hidden_size, intermediate_size, ep_group=ep_group, **experts, **factory
+        )
         # What is wrong with the routing shows here, and not at the first token.
         make_router(torch.empty(0, num_experts, device="meta"), top_k, **self.routing)
         self.router = nn.Linear(hidden_size, num_experts, bias=router_bias, **factory)
