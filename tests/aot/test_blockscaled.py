@@ -60,9 +60,9 @@ def quantized(num_rows, columns):
     return ScaledRows(values, torch.zeros(-(-columns // 128), num_rows), 1, num_rows)
 
 
-# Bytes that the up GEMM may spill, and in Triton 3.9 does: the program's number and parts of the thread's, stored once
-# a launch and loaded a few times a tile, outside the turns.
-SPILLS = {("straddling_blocks", 128): 80}
+# Bytes that the up GEMM may spill, and in Triton 3.9 does: what an epilogue of two groups of columns keeps of the
+# launch and the tile, stored once and loaded a few times a tile, outside the turns.
+SPILLS = {("gelu_no_gate", 64): 268, ("relu2_no_gate", 64): 244}
 # One row block for both consumers changes nothing in the epilogue: a few variants show the rest.
 CASES = [*((name, 64) for name in VARIANTS), *((name, 128) for name in ("plain", "straddling_blocks", "interleaved"))]
 USUAL = [*((name, 64) for name in VARIANTS if name != "interleaved"), ("interleaved", 128)]
@@ -82,8 +82,10 @@ def test_variants(name, block_m):
         assert kernel.count(f"wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.{weights}") == 8
         assert kernel.count("wgmma.mma_async") == 8
         assert kernel.count("cp.async.bulk.tensor.3d.shared") > 0 < kernel.count("cp.async.bulk.tensor.2d.global")
+        # Consumers that share their ring take turns.
+        assert (kernel.count("bar.arrive") > 0) == (block_m == 128)
     # The up GEMM gathers by 16 bytes and quantises, the down GEMM takes its rows by TMA.
-    assert up.count("cp.async.cg.shared.global") > 0 < up.count("cp.async.mbarrier.arrive.noinc")
+    assert up.count("cp.async.cg.shared.global") > 0 < up.count("cp.async.wait_group")
     assert up.count("cp.async.ca") == up.count("cp.async.bulk.tensor.2d.shared") == 0
     assert down.count("cp.async.cg") == 0 < down.count("cp.async.bulk.tensor.2d.shared")
     assert up.count("cvt.rn.satfinite.e4m3x2.f32") > 0 == down.count("cvt.rn.satfinite.e4m3x2.f32")
@@ -91,11 +93,15 @@ def test_variants(name, block_m):
 
 @in_full
 def test_proxy_fence(monkeypatch):
-    """Two for each consumer of the up GEMM, before its turns and in them; none for rows that TMA wrote."""
+    """Each warp that gathers rows has one between two stages and one after the last; rows that TMA wrote need none.
+
+    The compiler may peel the loop over the stages, and so have more.
+    """
     fenced = [kernel.count("fence.proxy.async") for kernel in compile_pair(64)]
     monkeypatch.setattr(pingpong, "PROXY_FENCE", False)
     unfenced = [kernel.count("fence.proxy.async") for kernel in compile_pair(64)]
-    assert unfenced == [fenced[0] - 4, fenced[1]]
+    assert fenced[0] >= unfenced[0] + 4
+    assert fenced[1] == unfenced[1]
 
 
 @pytest.mark.parametrize(

@@ -87,6 +87,14 @@ QUANTIZED_CASES = {
     "blockscaled": Case(
         "tma", "blockscaled", (1024, 500), quantized={"quantization": "fp8_w8a8", "block_shape": (128, 128)}
     ),
+    # Both consumers read one ring, as they do where an expert has more rows.
+    "blockscaled-one-ring": Case(
+        "tma",
+        "blockscaled",
+        (1024, 500),
+        (TileConfig(128, 128, 128, 16, 4, 5), TileConfig(128, 256, 128, 16, 4, 5)),
+        {"quantization": "fp8_w8a8", "block_shape": (128, 128)},
+    ),
     "pingpong-fp8": Case(
         "tma", "pingpong", (2048, 1500), quantized={"quantization": "fp8_w8a8", "granularity": "channel"}
     ),

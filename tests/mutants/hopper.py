@@ -71,15 +71,14 @@ GPU_MUTATIONS = [
         "the last column has no bias", "pingpong biases_interleaved",
     ),
     Mutation(
-        "blockscaled_weights_empty_parity", "blockscaled",
-        "mbarrier.wait(empty.index(FIRST + stage), phase)\n                    bar",
-        "mbarrier.wait(empty.index(FIRST + stage), phase ^ 1)\n                    bar",
+        "blockscaled_weights_empty_parity", "rings", "mbarrier.wait(empty.index(FIRST + stage), phase)",
+        "mbarrier.wait(empty.index(FIRST + stage), phase ^ 1)",
         "the weights wait for a pass that nobody has begun", "blockscaled fp8_block",
     ),
     Mutation(
         "blockscaled_rows_full_parity", "blockscaled",
-        "mbarrier.wait(rows_full.index(ROWS_FIRST + a), a_phase, pred=more & (half == 1))",
-        "mbarrier.wait(rows_full.index(ROWS_FIRST + a), a_phase ^ 1, pred=more & (half == 1))",
+        "mbarrier.wait(rows_full.index(ROWS_BARRIER + a), a_phase, pred=more)",
+        "mbarrier.wait(rows_full.index(ROWS_BARRIER + a), a_phase ^ 1, pred=more)",
         "rows are multiplied before they are there", "blockscaled many K steps",
     ),
     Mutation(
