@@ -294,8 +294,8 @@ class ExpertParallel:
 
     def _check_traced(self) -> None:
         """Under torch.compile and while a graph is captured the host cannot wait for the device."""
-        capturing = self.group.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-        if self.group.size == 1 or not (torch.compiler.is_compiling() or capturing):
+        # In this order: torch.compile does not trace the second question.
+        if self.group.size == 1 or not (torch.compiler.is_compiling() or self._captured()):
             return
         if self.max_tokens is None:
             raise ValueError(
@@ -312,6 +312,9 @@ class ExpertParallel:
                 "check is True, which reads back to the host, and neither torch.compile nor a CUDA graph can do that; "
                 "pass check=False"
             )
+
+    def _captured(self) -> bool:
+        return self.group.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
     def _compare(self, x: Tensor, w1: Tensor, w2: Tensor, topk_ids: Tensor, arguments: dict,
                  error: Exception | None) -> None:  # fmt: skip
