@@ -16,6 +16,7 @@ from moe_ops.distributed.formats import PAYLOADS, Formats, make_formats
 from moe_ops.distributed.groups import Group, resolve_group
 from moe_ops.distributed.placement import Placement
 from moe_ops.distributed.plan import DistributedPlan
+from moe_ops.distributed.state import OF_EXPERTS
 from moe_ops.distributed.ways import gather, largest, send_evenly, send_unevenly
 from moe_ops.quantization.scheme import COMPUTE_DTYPES
 
@@ -275,9 +276,13 @@ class ExpertParallel:
             )
         if x.device != self.group.device:
             raise ValueError(f"hidden_states is on {x.device}, expected {self.group.device}, the group's device")
-        if not torch.compiler.is_compiling() and self.local_experts:
-            # While a call is traced, the op's fake checks it.
-            plans.plan(Arguments(x, w1, w2, topk_weights, topk_ids, **{**arguments, "expert_map": self.expert_map}))
+        if not torch.compiler.is_compiling():  # while a call is traced, the op's fake checks it
+            named = {"w1": w1, "w2": w2, **arguments, "expert_map": self.expert_map}
+            if not self.local_experts:
+                # The op wants an expert; one of these shapes stands for none.
+                lacking = {name: named[name] for name in (*OF_EXPERTS, "a2_scale") if named.get(name) is not None}
+                named |= {n: t.new_empty((1, *t.shape[1:])) for n, t in lacking.items() if t.shape[0] == 0}
+            plans.plan(Arguments(hidden_states=x, topk_weights=topk_weights, topk_ids=topk_ids, **named))
         if self.max_tokens is not None:
             most = self.max_tokens
             require(
