@@ -16,6 +16,7 @@ from moe_ops.distributed.formats import PAYLOADS, Formats, make_formats
 from moe_ops.distributed.groups import Group, resolve_group
 from moe_ops.distributed.placement import Placement
 from moe_ops.distributed.plan import DistributedPlan
+from moe_ops.distributed.state import OF_EXPERTS
 from moe_ops.distributed.ways import gather, largest, send_evenly, send_unevenly
 from moe_ops.quantization.scheme import COMPUTE_DTYPES
 
@@ -275,9 +276,13 @@ class ExpertParallel:
             )
         if x.device != self.group.device:
             raise ValueError(f"hidden_states is on {x.device}, expected {self.group.device}, the group's device")
-        if not torch.compiler.is_compiling() and self.local_experts:
-            # While a call is traced, the op's fake checks it.
-            plans.plan(Arguments(x, w1, w2, topk_weights, topk_ids, **{**arguments, "expert_map": self.expert_map}))
+        if not torch.compiler.is_compiling():  # while a call is traced, the op's fake checks it
+            named = {"w1": w1, "w2": w2, **arguments, "expert_map": self.expert_map}
+            if not self.local_experts:
+                # The op wants an expert; one of these shapes stands for none.
+                lacking = {name: named[name] for name in (*OF_EXPERTS, "a2_scale") if named.get(name) is not None}
+                named |= {n: t.new_empty((1, *t.shape[1:])) for n, t in lacking.items() if t.shape[0] == 0}
+            plans.plan(Arguments(hidden_states=x, topk_weights=topk_weights, topk_ids=topk_ids, **named))
         if self.max_tokens is not None:
             most = self.max_tokens
             require(
@@ -294,8 +299,8 @@ class ExpertParallel:
 
     def _check_traced(self) -> None:
         """Under torch.compile and while a graph is captured the host cannot wait for the device."""
-        capturing = self.group.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-        if self.group.size == 1 or not (torch.compiler.is_compiling() or capturing):
+        # In this order: torch.compile does not trace the second question.
+        if self.group.size == 1 or not (torch.compiler.is_compiling() or self._captured()):
             return
         if self.max_tokens is None:
             raise ValueError(
@@ -312,6 +317,9 @@ class ExpertParallel:
                 "check is True, which reads back to the host, and neither torch.compile nor a CUDA graph can do that; "
                 "pass check=False"
             )
+
+    def _captured(self) -> bool:
+        return self.group.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
     def _compare(self, x: Tensor, w1: Tensor, w2: Tensor, topk_ids: Tensor, arguments: dict,
                  error: Exception | None) -> None:  # fmt: skip

@@ -8,7 +8,7 @@ from torch import Tensor
 from moe_ops.distributed.placement import Placement
 
 # Of `FusedExperts`: every one has the experts in front.
-_OF_EXPERTS = ("w1", "w2", "w1_bias", "w2_bias", "w1_scale", "w2_scale", "w1_zero_point", "w2_zero_point")
+OF_EXPERTS = ("w1", "w2", "w1_bias", "w2_bias", "w1_scale", "w2_scale", "w1_zero_point", "w2_zero_point")
 
 
 def shard_state_dict(
@@ -45,7 +45,7 @@ def shard_state_dict(
     for name, tensor in state_dict.items():
         head, _, last = name.rpartition(".")
         inside = f"{head}." if head else ""
-        if last not in _OF_EXPERTS or not inside.endswith(prefix):
+        if last not in OF_EXPERTS or not inside.endswith(prefix):
             sharded[name] = tensor
             continue
         if tensor.ndim == 0 or tensor.shape[0] != placement.num_experts:

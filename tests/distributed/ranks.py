@@ -63,6 +63,20 @@ def run_cases(module: str, names: list[str], world_size: int, backend: str = "gl
         return results
 
 
+def results_once(
+    factory, module: str, names: list[str], world_size: int, backend: str = "gloo"
+) -> dict[str, list[str]]:
+    """As `run_cases`, by whichever process of pytest-xdist asks first."""
+    from tests.shared import made_once
+
+    def make(folder: Path) -> None:
+        results = run_cases(module, names, world_size, backend)
+        Path(folder, "results.json").write_text(json.dumps(results))
+
+    folder = made_once(factory, f"{module}-{backend}-{world_size}", make)
+    return json.loads(Path(folder, "results.json").read_text())
+
+
 class Rank:
     """One process of a run."""
 

@@ -1,12 +1,10 @@
 """Expert parallelism with gloo on the CPU: 2 and 4 processes, started once for all cases of each (`ranks.py`)."""
 
-import functools
-
 import pytest
 import torch.distributed as dist
 
 from tests.amount import ALL, in_full
-from tests.distributed.ranks import run_cases
+from tests.distributed.ranks import results_once
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="this torch has no torch.distributed")
 
@@ -23,18 +21,13 @@ def names(size):
     return usual + (IN_FULL[size] if ALL else ()) + LAST
 
 
-@functools.cache
-def results(size):
-    return run_cases("tests.distributed.cases", list(names(size)), size)
-
-
-@pytest.mark.xdist_group("gloo")
 @pytest.mark.parametrize(
     ("size", "name"),
     [(2, n) for n in EVERYWHERE + ON_TWO + LAST]
     + [(4, n) for n in EVERYWHERE + LAST]
     + [pytest.param(size, n, marks=in_full) for size, more in IN_FULL.items() for n in more],
 )
-def test_case(size, name):
-    for rank, text in enumerate(results(size)[name]):
+def test_case(size, name, tmp_path_factory):
+    results = results_once(tmp_path_factory, "tests.distributed.cases", list(names(size)), size)
+    for rank, text in enumerate(results[name]):
         assert not text, f"rank {rank} of {size}:\n{text}"

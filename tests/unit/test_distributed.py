@@ -213,6 +213,17 @@ def test_call_errors_come_before_anything_is_sent(change, error, message):
         ep.fused_moe(**(call | change))
 
 
+def test_call_errors_on_a_rank_without_experts():
+    ep = ExpertParallel(group_of(2, rank=1), placement=Placement(((0, 1, 2), ())))
+    call = [torch.ones(5, 8), torch.ones(0, 16, 8), torch.ones(0, 8, 8), torch.ones(5, 1), torch.ones(5, 1)]
+    with pytest.raises(TypeError, match=r"topk_ids has dtype torch\.float32"):
+        ep.fused_moe(*call)
+    call[4] = call[4].int()
+    assert ep.explain(*call, w1_bias=torch.ones(0, 16), w2_bias=torch.ones(0, 8)).op is None
+    with pytest.raises(ValueError, match="w2_bias has shape"):
+        ep.explain(*call, w2_bias=torch.ones(0, 9))
+
+
 def test_too_many_tokens():
     ep = ExpertParallel(group_of(2), 4, max_tokens=4)
     args = random_inputs(num_tokens=5, hidden=8, intermediate=8, experts=2, top_k=1)
