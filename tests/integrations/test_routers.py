@@ -105,7 +105,7 @@ def test_others_stay_and_are_named(caplog):
     before = families.outputs(model, "moe_ops")
     with caplog.at_level(logging.WARNING, "moe_ops"):
         assert integration.fuse_routers(model) == []
-    assert "Lfm2MoeTopKRouter" in caplog.text and len(caplog.records) == 1
+    assert "Lfm2MoeTopKRouter" in caplog.text and [r.name for r in caplog.records].count("moe_ops") == 1
     assert torch.equal(families.outputs(model, "moe_ops"), before)
 
 
