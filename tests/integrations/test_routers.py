@@ -138,6 +138,18 @@ def test_router_logits_are_recorded():
     torch.testing.assert_close(got, expected)
 
 
+@torch.no_grad()
+def test_ids_are_what_comes_next_can_take():
+    model = make_model("Qwen3Moe")
+    integration.fuse_routers(model)
+    first, second = (layer.mlp for layer in model.model.layers)
+    x = torch.randn(3, 32)
+    assert first.gate(x)[2].dtype == torch.int32
+    first.experts._is_expert_parallel = True
+    second.gate.register_forward_hook(lambda module, args, out: None)
+    assert first.gate(x)[2].dtype == second.gate(x)[2].dtype == torch.int64
+
+
 @pytest.mark.parametrize("name", ("Qwen3Moe", "DeepseekV3"))
 def test_compile(name):
     model = make_model(name)
