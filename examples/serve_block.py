@@ -22,9 +22,10 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+import moe_ops
 import moe_ops.integrations.transformers as integration
 
-QUICK = bool(os.environ.get("MOE_OPS_EXAMPLE_QUICK"))
+QUICK = moe_ops.env.flag("MOE_OPS_EXAMPLE_QUICK")
 IMPLEMENTATIONS = ("eager", "grouped_mm", "batched_mm", integration.NAME)
 # Of the logits of a token from eager's. The token in the middle counts: a router that hesitates between two experts may
 # take the other one after a different rounding.

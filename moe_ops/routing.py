@@ -37,7 +37,8 @@ def max_row_blocks(num_routes: int, num_experts: int, block: int) -> int:
 
     Works on symbolic sizes too.
     """
-    occupied = torch.sym_min(num_routes, num_experts)
+    # min would guard on a symbolic size; torch's takes ten times as long, in every call.
+    occupied = min(num_routes, num_experts) if isinstance(num_routes, int) else torch.sym_min(num_routes, num_experts)
     return (num_routes + occupied * (block - 1)) // block
 
 

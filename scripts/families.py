@@ -109,6 +109,8 @@ clamped one or swigluoai. Static scales, other blocks, fp4 weights and softcappe
 *Router*: `moe_ops.integrations.transformers.fuse_routers(model)` lets those that are *fused* choose experts by
 `topk_route` ({routers} families); with it logits were within the same bound. The others keep their own.
 
+[benchmarks.md](benchmarks.md) has tokens per second of a whole model; `python examples/serve_block.py` measures them.
+
 | family | model | experts | router | options of the op, or why not |
 | --- | --- | --- | --- | --- |
 {rows}

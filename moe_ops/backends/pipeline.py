@@ -111,8 +111,9 @@ def stages(args: Arguments, problem: Problem, plan: Plan, out: Tensor, describe:
 
 def _workspace(args: Arguments, problem: Problem, plan: Plan, columns: int) -> Tensor:
     """[max_rows, columns] in the compute dtype, whose rows TMA can step over."""
-    size = plan.max_rows, row_stride(columns)
-    return args.hidden_states.new_empty(size, dtype=problem.dtype)[:, :columns]
+    stride = row_stride(columns)
+    rows = args.hidden_states.new_empty((plan.max_rows, stride), dtype=problem.dtype)
+    return rows if stride == columns else rows[:, :columns]
 
 
 def _up(args, problem: Problem, plan: Plan, describe: Describe | None, routing: Routing, _, router_weights,

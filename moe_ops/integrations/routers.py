@@ -46,8 +46,8 @@ def fuse_routers(model: nn.Module) -> list[str]:
     `set_experts_implementation` gives the experts to something else, a router computes what it did before.
 
     Fused, it returns the same logits, weights in float32 where transformers may round them to 16 bits, the largest
-    first, and ids in int32; of equal scores it takes the lower expert, which torch.topk leaves open. For inference:
-    there is no backward.
+    first, and ids in int32 (int64 with expert parallelism, or hooks on the router); of equal scores it takes the lower
+    expert, which torch.topk leaves open. For inference: there is no backward.
 
     Args:
         model: of transformers, or a part of one; after `register`.
@@ -98,7 +98,8 @@ class _Fused:
 
     def forward(self, hidden_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor, Tensor]:
         """(logits, weights, ids) of hidden states [..., H]."""
-        if self.experts_beside[0].config._experts_implementation != NAME:
+        experts = self.experts_beside[0]
+        if experts.config._experts_implementation != NAME:
             return super().forward(hidden_states, *args, **kwargs)
         dtype, bias, options = _formula(self)
         x = hidden_states.reshape(-1, hidden_states.shape[-1])
@@ -106,7 +107,11 @@ class _Fused:
         if dtype is not None:
             x, weight = x.to(dtype), weight.to(dtype)
         logits = functional.linear(x, weight, getattr(self, "bias", None))
-        return logits, *topk_route(logits, self.top_k, bias, **options)
+        weights, ids = topk_route(logits, self.top_k, bias, **options)
+        # Expert parallelism scatters by the ids, which torch has for int64 alone; a hook may do anything.
+        if self._forward_hooks or getattr(experts, "_is_expert_parallel", False):
+            ids = ids.long()
+        return logits, weights, ids
 
 
 @functools.cache
