@@ -3,6 +3,7 @@
     python benchmarks/report.py OURS PEERS            the whole op beside the best recorded peer
     python benchmarks/report.py stages OURS           each stage alone
     python benchmarks/report.py skew OURS [OURS ...]  each routing beside the uniform one
+    python benchmarks/report.py tiles OURS            heuristic, tuned and best recorded peer, of a run with all three
     python benchmarks/report.py plot OURS DIR [PEERS] the plots of `bench --plot`
 
 It needs moe_ops installed, or PYTHONPATH=. in front. OURS are what `python -m moe_ops bench --json` wrote. PEERS are
@@ -18,6 +19,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from moe_ops.cli import plots
+from moe_ops.cli.export import markdown
 from moe_ops.cli.recorded import beside, check_recorded, load_peers
 from moe_ops.cli.table import fastest_path
 
@@ -118,6 +120,9 @@ def main(arguments: list[str]) -> None:
             lines = stages_table(_load(ours))
         case ["skew", *files] if files:
             lines = skew_table([_load(file) for file in files])
+        case ["tiles", ours]:
+            record = _load(ours)
+            lines = [markdown(record, [cell for cell in record["cells"] if cell.get("recorded")])]
         case ["plot", ours, folder, *peers] if len(peers) < 2:
             record, recorded = _pair(_load(ours), *peers) if peers else (_load(ours), None)
             for cell in record["cells"] if recorded else ():
