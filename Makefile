@@ -9,7 +9,7 @@ TASKS := demo test lint examples cpp test-triton-floor
 help:
 	@echo "make demo               set up .venv and run examples/generate.py"
 	@echo "make test               set up .venv and run the tests (GPU tests too where there is a CUDA GPU)"
-	@echo "make lint               ruff check and ruff format --check"
+	@echo "make lint               ruff check, ruff format --check, mypy"
 	@echo "make examples           run every file in examples/ with small settings"
 	@echo "make cpp                build the C++ library and the runner of packages into build/cpp"
 	@echo "make test-triton-floor  run the compile and interpreter tests with the oldest supported Triton"
@@ -22,5 +22,5 @@ $(TASKS):
 	@.venv/bin/python scripts/tasks.py $@
 
 clean:
-	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +

@@ -13,12 +13,14 @@ inference_mode, or 10 us otherwise.
 """
 
 import argparse
+import os
 import platform
 import sys
 import time
 from collections.abc import Callable
 
 import torch
+from record import head, write
 
 import moe_ops
 from moe_ops import registration
@@ -62,21 +64,26 @@ def main() -> int:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="of the tensors (default %(default)s)")
     parser.add_argument("--rounds", type=int, default=40, help="of which the fastest counts (default %(default)s)")
     parser.add_argument("--repeats", type=int, default=1000, help="calls in a round (default %(default)s)")
+    parser.add_argument("--json", metavar="FILE", help="also write the numbers to FILE")
     parser.add_argument("--check", action="store_true", help="exit status 1 if the op adds more than it may")
     options = parser.parse_args()
     torch.set_num_threads(1)
     print(f"{platform.machine()}, Python {platform.python_version()}, torch {torch.__version__}")
     print(f"microseconds a call, M = 0, tensors on {options.device}")
     print("| mode | function | op | op adds | allowed | fused_moe |\n|" + " --- |" * 6)
-    good = True
+    good, rows = True, []
     for mode, allowed in ALLOWED.items():
         took = measure(mode, options.device, options.rounds, options.repeats)
         added = took["op"] - took["function"]
         good &= added <= allowed
+        rows.append([mode, took["function"], took["op"], added, allowed, took["fused_moe"]])
         print(
             f"| {mode} | {took['function']:.1f} | {took['op']:.1f} | {added:.1f} | {allowed:.0f} | "
             f"{took['fused_moe']:.1f} |"
         )
+    columns = ["mode", "function", "op", "op adds", "aim", "fused_moe"]
+    facts = {"dtype": "float32", "tensors": options.device, "cores": os.cpu_count()}
+    write(options.json, head(**facts, columns=columns, rows=rows))
     return 0 if good or not options.check else 1
 
 

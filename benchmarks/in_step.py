@@ -7,6 +7,7 @@ graphs, in the same rounds, with programs that wait for each other and with prog
 import argparse
 
 import torch
+from record import head, write
 
 from moe_ops import plans
 from moe_ops.backends import pipeline, tma
@@ -45,9 +46,10 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs="+", default=[4096, 16384])
     parser.add_argument("--format", choices=FORMATS, default=None)
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--json", metavar="FILE", help="also write the numbers to FILE")
     options = parser.parse_args()
     variant = "blockscaled" if options.format == "fp8_block" else "pingpong"
-    flush = harness.L2Flush()
+    flush, rows = harness.L2Flush(), []
     print(torch.cuda.get_device_name(), "torch", torch.__version__, options.format or "bfloat16")
     print("| shape | M | up alone us | up in step us | down alone us | down in step us |\n|" + " --- |" * 6)
     for shape, sizes in SHAPES.items():
@@ -58,9 +60,14 @@ def main() -> None:
                 for name, stage in stages(args, variant, together=together).items():
                     calls[name, together] = stage
             timings = harness.time_round_robin(calls, options.rounds, harness.device_milliseconds, flush)
-            cells = [f"{timings.median((name, together)) * 1e3:.0f}" for name in ("up", "down") for together in (0, 1)]
+            times = [timings.median((name, together)) * 1e3 for name in ("up", "down") for together in (False, True)]
+            rows.append([shape, args.hidden_states.shape[0], *times])
+            cells = [f"{time:.0f}" for time in times]
             print(f"| {shape} | {args.hidden_states.shape[0]} | {' | '.join(cells)} |", flush=True)
         del args
+    columns = ["shape", "M", "up alone us", "up in step us", "down alone us", "down in step us"]
+    facts = {"dtype": "bfloat16"} | ({"format": options.format} if options.format else {})
+    write(options.json, head(**facts, columns=columns, rows=rows))
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ launch costs what it costs in a captured model.
 import argparse
 
 import torch
+from record import head, write
 
 import moe_ops
 from moe_ops.cli import harness
@@ -59,9 +60,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 16, 64, 256, 1024, 4096, 16384])
     parser.add_argument("--rounds", type=int, default=11)
+    parser.add_argument("--json", metavar="FILE", help="also write the numbers to FILE")
     options = parser.parse_args()
     print(torch.cuda.get_device_name(), "torch", torch.__version__)
     print("| router | M | topk_route us | torch us | ratio |\n|" + " --- |" * 5)
+    rows = []
     for name, (experts, top_k, router) in ROUTERS.items():
         bias = 0.1 * torch.randn(experts, device="cuda") if "num_groups" in router else None
         for num_tokens in options.tokens:
@@ -77,7 +80,10 @@ def main() -> None:
             graphs = {name: harness.capture(repeated(call)) for name, call in calls.items()}
             timings = harness.time_round_robin(graphs, options.rounds, harness.device_milliseconds, harness.L2Flush())
             ours, torchs = (timings.median(name) * 1e3 / CALLS for name in ("ours", "torch"))
+            rows.append([name, num_tokens, ours, torchs, torchs / ours])
             print(f"| {name} | {num_tokens} | {ours:.2f} | {torchs:.2f} | {torchs / ours:.1f} |", flush=True)
+    columns = ["router", "M", "topk_route us", "torch us", "ratio"]
+    write(options.json, head(dtype="float32", columns=columns, rows=rows))
 
 
 if __name__ == "__main__":

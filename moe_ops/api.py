@@ -1,13 +1,14 @@
 """The public functions: typed and documented, one op call each."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from moe_ops import plans, registration  # noqa: F401  (registration defines the ops)
+from moe_ops.arguments import Arguments
 from moe_ops.dispatch import Plan
-from moe_ops.problem import Arguments
 from moe_ops.routing import Routing
 
 # The overload, which a call through the packet has to look for every time.
@@ -142,7 +143,7 @@ def fused_moe(
     )  # fmt: skip
 
 
-def explain(*args, **kwargs) -> Plan:
+def explain(*args: Any, **kwargs: Any) -> Plan:
     """Says how `fused_moe` would run a call: the path, why, the tiles and the workspace. Runs nothing.
 
     Args:

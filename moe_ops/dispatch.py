@@ -6,8 +6,9 @@ Pure but for the tables of tuned tiles, which are read once (`moe_ops.tuning.loo
 import contextlib
 import contextvars
 import math
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from moe_ops import env, routing
 from moe_ops.devices import Device
@@ -57,7 +58,7 @@ class Plan:
     planes: int = 1
     workspace_bytes: int = 0
     source: str = ""
-    kernels: dict = field(default_factory=dict, compare=False, repr=False)
+    kernels: dict[Hashable, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def persistent(self) -> bool:
@@ -66,8 +67,8 @@ class Plan:
 
     @property
     def block_m(self) -> int:
-        """Rows of a row block."""
-        return self.up.block_m
+        """Rows of a row block; 0 on the paths without tiles."""
+        return 0 if self.up is None else self.up.block_m
 
     @property
     def max_rows(self) -> int:
@@ -153,9 +154,9 @@ def make_plan(problem: Problem, device: Device) -> Plan:
     return replace(plan, workspace_bytes=_workspace_bytes(problem, plan))
 
 
-def _variant_of(tile: TileConfig) -> str:
+def _variant_of(tile: TileConfig | None) -> str:
     """The variant that forced tiles mean where none is forced with them."""
-    return "direct" if tile.block_m == 1 else "sorted"
+    return "direct" if tile is not None and tile.block_m == 1 else "sorted"
 
 
 def _planes(problem: Problem, variant: str, up: TileConfig, down: TileConfig) -> int:

@@ -6,6 +6,7 @@ symbols; a condition on a symbol becomes a guard (or a runtime assertion) instea
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -257,7 +258,7 @@ def _check_shapes(args: Arguments, activation: Activation, scheme: Scheme) -> No
         ("w2: E", experts),
         ("topk_ids: top_k", ids.shape[1]),
     ):
-        require(size >= 1, lambda name=name, size=size: f"{name} is {size}, expected at least 1")
+        require(size >= 1, partial("{} is {}, expected at least 1".format, name, size))
     if scheme.packed:
         require(hidden % 2 == 0, lambda: f"hidden_states: H is {hidden}, expected an even number: w1 has two in a byte")
     factor = 2 if activation.gated else 1

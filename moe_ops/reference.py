@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from moe_ops.activations import Activation
-from moe_ops.problem import Arguments, Problem, make_problem
+from moe_ops.arguments import Arguments
+from moe_ops.problem import Problem, make_problem
 from moe_ops.quantization import dequantize, dequantize_activations
 
 
@@ -31,7 +32,7 @@ def fused_moe_reference(args: Arguments, dtype: torch.dtype = torch.float64) -> 
 
     Example:
         >>> import torch
-        >>> from moe_ops.problem import Arguments
+        >>> from moe_ops.arguments import Arguments
         >>> x, ids, weights = torch.randn(3, 8), torch.tensor([[0], [1], [0]]), torch.ones(3, 1)
         >>> fused_moe_reference(Arguments(x, torch.randn(2, 8, 8), torch.randn(2, 8, 4), weights, ids)).shape
         torch.Size([3, 8])
@@ -42,7 +43,7 @@ def fused_moe_reference(args: Arguments, dtype: torch.dtype = torch.float64) -> 
     router_weights = args.topk_weights.to(dtype).flatten()
     routes = torch.zeros(problem.num_routes, problem.hidden_size, dtype=dtype, device=experts.device)
     inputs = args.hidden_states
-    if problem.scheme.inputs_given:
+    if args.a1_scale is not None and problem.scheme.inputs_given:
         inputs = dequantize_activations(inputs, args.a1_scale, dtype)
     for expert in range(problem.num_experts):
         mine = (experts == expert).nonzero().flatten()
@@ -137,7 +138,7 @@ def nonlinearity(gate: Tensor, activation: Activation, alpha: float | None) -> T
             return functional.gelu(gate)
         case "gelu_tanh":
             return functional.gelu(gate, approximate="tanh")
-        case "swigluoai":
+        case "swigluoai" if alpha is not None:
             return gate * torch.sigmoid(alpha * gate)
         case "relu2":
             return functional.relu(gate).square()

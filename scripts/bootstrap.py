@@ -36,12 +36,12 @@ CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 
 # Target: (level, extra, builds C++ while it runs). A .venv made for one level serves every target up to it.
 TARGETS = {
-    "lint": (0, "", False),
+    "lint": (2, "dev", False),
     "demo": (1, "hf", False),
     "examples": (1, "hf", True),
     "cpp": (1, "hf", True),
-    "test": (2, "test", True),
-    "test-triton-floor": (2, "test", False),
+    "test": (2, "dev", True),
+    "test-triton-floor": (2, "dev", False),
 }
 # Module: (requirement, level from which it is wanted, whether the target is pointless without it).
 MODULES = {
@@ -199,11 +199,13 @@ def pip_failure(log: str) -> str:
     return (re.findall(r"^ *(?:ERROR|error): (.*)", log, re.MULTILINE) or ["pip failed"])[0]
 
 
-def install_ruff() -> None:
-    """The ruff that pyproject.toml pins, and nothing else: linting needs no torch."""
-    pin = re.search(r"ruff==[\d.]+", (ROOT / "pyproject.toml").read_text()).group()
-    if run([str(VENV_PYTHON), "-m", "ruff", "--version"]).stdout.split() != pin.split("=="):
-        pip(pin, pin)
+def install_linters() -> None:
+    """The ruff and mypy that pyproject.toml pins."""
+    pins = re.findall(r"(?:ruff|mypy)==[\d.]+", (ROOT / "pyproject.toml").read_text())
+    probe = "import importlib.metadata as m, sys; print(*(f'{n}=={m.version(n)}' for n in sys.argv[1:]))"
+    names = [pin.partition("==")[0] for pin in pins]
+    if run([str(VENV_PYTHON), "-c", probe, *names]).stdout.split() != pins:
+        pip(" and ".join(pins), *pins)
 
 
 def install_cpu(extra: str) -> None:
@@ -249,22 +251,20 @@ def bootstrap(target: str) -> int:
         note = create_venv(base)
     if note.get("content") != content:
         note.update(content=content, level=-1)
-    if target == "lint":
-        install_ruff()
-    if note["level"] >= level:
-        return 0
-    if note["gpu_torch"] and level:
-        check_compiler((os.environ.get("CC"), "gcc", "clang"), "Triton")
-        install_gpu(level, note["gpu_torch"])
-    elif level:
-        install_cpu(extra)
-    if level:
+    if note["level"] < level:
+        if note["gpu_torch"]:
+            check_compiler((os.environ.get("CC"), "gcc", "clang"), "Triton")
+            install_gpu(level, note["gpu_torch"])
+        else:
+            install_cpu(extra)
         check = run([str(VENV_PYTHON), "-c", "import torch"])
         if check.returncode:
             reason = (check.stdout.strip().splitlines() or ["no reason given"])[-1]
             raise SetupError(f"torch does not import in .venv ({reason}): `make clean`, then again")
-    note["level"] = level
-    NOTE.write_text(json.dumps(note))
+        note["level"] = level
+        NOTE.write_text(json.dumps(note))
+    if target == "lint":
+        install_linters()
     return 0
 
 

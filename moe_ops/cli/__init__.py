@@ -4,10 +4,10 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from moe_ops.cli import aot, bench, doctor, env, explain, tune
+from moe_ops.cli import aot, bench, doctor, env, explain, traffic, tune
 from moe_ops.cli.options import HelpFormatter, UsageError
 
-_COMMANDS = (env, explain, doctor, tune, bench, aot)
+_COMMANDS = (env, explain, doctor, tune, bench, aot, traffic)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -17,8 +17,8 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command; returns the exit status (2 for wrong arguments)."""
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of all commands; what it parses has the command's function as `run`."""
     parser = _Parser(
         prog="python -m moe_ops",
         description="Tools of the moe_ops operator. Each has a --help of its own.",
@@ -29,7 +29,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for command in _COMMANDS:
         command.add_parser(commands)
-    options = parser.parse_args(arguments)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command; returns the exit status (2 for wrong arguments)."""
+    options = make_parser().parse_args(arguments)
     try:
         return options.run(options)
     except UsageError as error:

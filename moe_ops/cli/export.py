@@ -28,12 +28,8 @@ def write_csv(record: dict, file: str | Path) -> None:
 
 
 def write_markdown(record: dict, file: str | Path) -> None:
-    """Writes `markdown` of all cells."""
-    Path(file).write_text(f"{markdown(record, record['cells'])}\n", encoding="utf-8")
-
-
-def markdown(record: dict, cells: list[dict]) -> str:
-    """A table with a row for each of some cells, below a line that says of what, and above what all come to."""
+    """Writes a table with a row for each cell, below a line that says of what, and above what it comes to."""
+    cells = record["cells"]
     names = list(dict.fromkeys(name for cell in cells for name in cell["ms"]))
     columns = ["shape", "routing", "M", *(f"{name} ms" for name in names), "limit ms", "bound"]
     rows = [
@@ -57,8 +53,8 @@ def markdown(record: dict, cells: list[dict]) -> str:
     form = f", {record['format']}" if "format" in record else ""
     versions = f"torch {record['torch']}, triton {record['triton']}, {record['date']}"
     text = [f"{record['device']}, {versions}, {record['dtype']}{form}.", markdown_table(columns, rows)]
-    text += [f"{line[0].upper()}{line[1:]}." for line in tiles(record["cells"])]
-    return "\n\n".join(text)
+    text += [f"{line[0].upper()}{line[1:]}." for line in tiles(cells)]
+    Path(file).write_text("\n\n".join(text) + "\n", encoding="utf-8")
 
 
 def load_record(file: str | Path) -> dict:

@@ -14,9 +14,11 @@ from torch import Tensor, nn
 from moe_ops.api import explain, fused_moe
 from moe_ops.dispatch import Plan
 from moe_ops.env import LOGGER
-from moe_ops.integrations.translate import biases_of, name_of, options_of, weights_of
+from moe_ops.integrations import expert_parallel
+from moe_ops.integrations.routers import fuse_routers
+from moe_ops.integrations.translate import NAME, biases_of, name_of, options_of, weights_of
 
-NAME = "moe_ops"
+__all__ = ["NAME", "experts_forward", "fp8_experts_forward", "fuse_routers", "plan_of", "register"]
 FALLBACK = "grouped_mm"
 _FLOOR = (5, 17)
 _LOGGED: set[type] = set()
@@ -31,6 +33,9 @@ def register() -> None:
     DeepSeek-V4, and experts without a gate (SiLU, GELU or squared ReLU), in any weight layout, with or without
     biases, and experts of FP8 checkpoints with a scale for each [128, 128] (`weight_scale_inv`). Others run
     transformers' "grouped_mm" and log why. docs/models.md has the families.
+
+    Across ranks, `DistributedConfig(ep_implementation="moe_ops")` sends tokens by
+    `moe_ops.distributed.ExpertParallel`; transformers' own implementations run the op on each rank.
 
     Hidden states and weights must share a dtype, and there is no backward: train with "grouped_mm".
 
@@ -58,6 +63,7 @@ def register() -> None:
     ExpertsInterface.register(NAME, experts_forward)
     # FP8 checkpoints look the same name up in an interface of their own, and a missing name is a KeyError there.
     FP8ExpertsInterface.register(NAME, fp8_experts_forward)
+    expert_parallel.register()
 
 
 def experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:

@@ -60,6 +60,22 @@ def _write_tiles(first_tile, starts, padded, counts, tile_experts_ptr, sorted_ro
              mask=in_range[:, None] & (offsets < BLOCK)[None, :] & (rows >= first_padding[:, None]))  # fmt: skip
 
 
+@triton.jit
+def _lay_out(program, counts, sorted_routes_ptr, tile_experts_ptr, num_padded_ptr, zeroed_ptr, num_routes, max_tiles,
+             NUM_EXPERTS: tl.constexpr, BINS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_POW2: tl.constexpr,
+             TILES: tl.constexpr, ZEROED: tl.constexpr):  # fmt: skip
+    """A program's share of everything that the counts decide; returns the experts' first rows."""
+    padded, starts = _starts(counts, BINS, NUM_EXPERTS, BLOCK)
+    if program == 0:
+        tl.store(num_padded_ptr, tl.sum(padded, 0))
+        if zeroed_ptr is not None:
+            tl.store(zeroed_ptr + tl.arange(0, ZEROED), tl.zeros((ZEROED,), tl.int32))
+    if program * TILES < max_tiles:
+        _write_tiles(program * TILES, starts, padded, counts, tile_experts_ptr, sorted_routes_ptr, num_routes,
+                     max_tiles, NUM_EXPERTS, BINS, BLOCK, BLOCK_POW2, TILES)  # fmt: skip
+    return starts
+
+
 @triton.jit(do_not_specialize=["num_routes", "max_tiles", "num_ids"])
 def route_small_kernel(
     ids_ptr, map_ptr, sorted_routes_ptr, tile_experts_ptr, num_padded_ptr, inverse_ptr, zeroed_ptr,
@@ -77,14 +93,8 @@ def route_small_kernel(
     others = tl.arange(0, ROUTES)
     other_experts = local_experts(ids_ptr, map_ptr, others, others < num_routes, num_ids, NUM_EXPERTS)
     counts = tl.histogram(other_experts, BINS)
-    padded, starts = _starts(counts, BINS, NUM_EXPERTS, BLOCK)
-    if program == 0:
-        tl.store(num_padded_ptr, tl.sum(padded, 0))
-        if zeroed_ptr is not None:
-            tl.store(zeroed_ptr + tl.arange(0, ZEROED), tl.zeros((ZEROED,), tl.int32))
-    if program * TILES < max_tiles:
-        _write_tiles(program * TILES, starts, padded, counts, tile_experts_ptr, sorted_routes_ptr, num_routes,
-                     max_tiles, NUM_EXPERTS, BINS, BLOCK, BLOCK_POW2, TILES)  # fmt: skip
+    starts = _lay_out(program, counts, sorted_routes_ptr, tile_experts_ptr, num_padded_ptr, zeroed_ptr, num_routes,
+                      max_tiles, NUM_EXPERTS, BINS, BLOCK, BLOCK_POW2, TILES, ZEROED)  # fmt: skip
     routes = program * CHUNK + tl.arange(0, CHUNK)
     mask = routes < num_routes
     experts = local_experts(ids_ptr, map_ptr, routes, mask, num_ids, NUM_EXPERTS)
@@ -146,14 +156,8 @@ def scatter_kernel(
     program = tl.program_id(0)
     bins = tl.arange(0, BINS)
     counts = tl.load(counts_ptr + bins, mask=bins < NUM_EXPERTS, other=0)
-    padded, starts = _starts(counts, BINS, NUM_EXPERTS, BLOCK)
-    if program == 0:
-        tl.store(num_padded_ptr, tl.sum(padded, 0))
-        if zeroed_ptr is not None:
-            tl.store(zeroed_ptr + tl.arange(0, ZEROED), tl.zeros((ZEROED,), tl.int32))
-    if program * TILES < max_tiles:
-        _write_tiles(program * TILES, starts, padded, counts, tile_experts_ptr, sorted_routes_ptr, num_routes,
-                     max_tiles, NUM_EXPERTS, BINS, BLOCK, BLOCK_POW2, TILES)  # fmt: skip
+    starts = _lay_out(program, counts, sorted_routes_ptr, tile_experts_ptr, num_padded_ptr, zeroed_ptr, num_routes,
+                      max_tiles, NUM_EXPERTS, BINS, BLOCK, BLOCK_POW2, TILES, ZEROED)  # fmt: skip
     routes = program * CHUNK + tl.arange(0, CHUNK)
     mask = routes < num_routes
     experts = local_experts(ids_ptr, map_ptr, routes, mask, num_ids, NUM_EXPERTS)

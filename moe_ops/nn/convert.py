@@ -53,13 +53,13 @@ def convert_hf_state_dict(
     Tensors that exist already are the same ones; experts that are apart are stacked, which copies them.
 
     Args:
-        state_dict: names and tensors; only names that start with `prefix` are read.
+        state_dict: names and tensors, with the shapes that the block has; only names that start with `prefix` are read.
         prefix: of the block, such as "model.layers.0.mlp.".
         transposed: `experts.gate_up_proj` is [E, H, 2 * I] and `experts.down_proj` [E, I, H], as those of
             transformers' gpt-oss are.
 
     Returns:
-        Names and tensors for `MoELayer.load_state_dict`.
+        Names and tensors, as `MoELayer` has them, for its `load_state_dict`.
 
     Raises:
         ValueError: a name that is none of these, or experts with gaps in their numbers.
@@ -74,7 +74,8 @@ def convert_hf_state_dict(
         >>> {name: list(tensor.shape) for name, tensor in convert_hf_state_dict(block, "mlp.").items()}
         {'router.weight': [2, 8], 'experts.w1': [2, 8, 8], 'experts.w2': [2, 8, 4]}
     """
-    converted, apart = {}, {}
+    converted: dict[str, Tensor] = {}
+    apart: dict[tuple[str, str], dict[int, Tensor]] = {}
     for full_name, tensor in state_dict.items():
         if not full_name.startswith(prefix):
             continue

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -12,27 +13,19 @@ from moe_ops.arguments import Arguments
 from moe_ops.checks import require_name
 from moe_ops.devices import describe
 from moe_ops.dispatch import Plan, make_plan
+from moe_ops.nn.moves import keep_dtype
+from moe_ops.nn.parallel import expert_parallel
 from moe_ops.problem import GATE_UP_LAYOUTS, make_problem
-from moe_ops.quantization import FORMATS, Scheme, quantize_weights
-from moe_ops.quantization.scheme import WEIGHT_DTYPES, scale_block, scale_shape
+from moe_ops.quantization import FORMATS, quantize_weights
+from moe_ops.quantization.scheme import WEIGHT_DTYPES, Scheme, scale_block, scale_shape
 
-_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
+
+    from moe_ops.distributed import DistributedPlan, ExpertParallel
+
 _INT4_ZEROS, _INT8_ZERO, _E8M0_ONE = 0x88, 128, 127
-
-
-def keep_dtype(fn: Callable[[Tensor], Tensor], kept: Sequence[Tensor | None]) -> Callable[[Tensor], Tensor]:
-    """A function for `nn.Module._apply` that moves the given tensors as `fn` does, and leaves their dtype alone.
-
-    `.to(dtype)` casts whatever counts as floating point, fp8 weights and scales included: of those it sees the bits.
-    """
-    ids = {id(tensor) for tensor in kept if tensor is not None}
-
-    def move(tensor: Tensor) -> Tensor:
-        if id(tensor) not in ids:
-            return fn(tensor)
-        return fn(tensor.view(_BITS[tensor.element_size()])).view(tensor.dtype)
-
-    return move
 
 
 class FusedExperts(nn.Module):
@@ -65,6 +58,8 @@ class FusedExperts(nn.Module):
         routed_scaling_factor: as `moe_ops.fused_moe`.
         deterministic: as `moe_ops.fused_moe`.
         path: as `moe_ops.fused_moe`.
+        ep_group: the ranks that share the experts: a ProcessGroup, a DeviceMesh of one dimension, or an
+            `ExpertParallel`. The tensors then hold this rank's experts alone; see docs/distributed.md.
         device: of the tensors.
         dtype: of biases and unquantised weights; torch.get_default_dtype() by default.
 
@@ -82,6 +77,15 @@ class FusedExperts(nn.Module):
         >>> experts.quantize_("int4_w4a16", block_shape=(0, 32))
         FusedExperts(4 experts, hidden_size=64, intermediate_size=32, silu, int4_w4a16 in groups of 32, cpu)
     """
+
+    w1: Tensor
+    w2: Tensor
+    w1_bias: Tensor | None
+    w2_bias: Tensor | None
+    w1_scale: Tensor | None
+    w2_scale: Tensor | None
+    w1_zero_point: Tensor | None
+    w2_zero_point: Tensor | None
 
     def __init__(
         self,
@@ -102,6 +106,7 @@ class FusedExperts(nn.Module):
         routed_scaling_factor: float = 1.0,
         deterministic: bool = True,
         path: str = "auto",
+        ep_group: "ProcessGroup | DeviceMesh | ExpertParallel | None" = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -116,6 +121,8 @@ class FusedExperts(nn.Module):
         self.num_experts, self.hidden_size, self.intermediate_size = num_experts, hidden_size, intermediate_size
         self.activation, self.gate_up_layout = activation, gate_up_layout
         self.activation_alpha, self.activation_limit = activation_alpha, activation_limit
+        self.ep = expert_parallel(ep_group, num_experts)
+        self.num_local_experts = num_experts if self.ep is None else len(self.ep.local_experts)
         self.quantization = quantization
         self.block_shape = None if block_shape is None else tuple(block_shape)
         self.apply_router_weight_on_input = apply_router_weight_on_input
@@ -127,14 +134,13 @@ class FusedExperts(nn.Module):
             weight, weight_dtype = shapes[which], WEIGHT_DTYPES.get(quantization, (dtype,))[0]
             values = torch.empty(weight, device=device, dtype=weight_dtype)
             setattr(self, which, nn.Parameter(values, requires_grad=quantization == "none"))
-            rows = (num_experts, weight[1])
-            values = nn.Parameter(torch.empty(rows, device=device, dtype=dtype)) if bias else None
-            self.register_parameter(f"{which}_bias", values)
+            rows = torch.empty(self.num_local_experts, weight[1], device=device, dtype=dtype) if bias else None
+            self.register_parameter(f"{which}_bias", None if rows is None else nn.Parameter(rows))
             for name in (f"{which}_scale", f"{which}_zero_point"):
                 bytewise = name not in shapes or name.endswith("zero_point") or quantization == "mxfp4_w4a16"
                 kind = torch.uint8 if bytewise else torch.float32
-                values = torch.empty(shapes[name], device=device, dtype=kind) if name in shapes else None
-                self.register_buffer(name, values)
+                made = torch.empty(shapes[name], device=device, dtype=kind) if name in shapes else None
+                self.register_buffer(name, made)
         self.reset_parameters()
 
     def _shapes(self, per_tensor: bool, zero_points: bool) -> dict[str, tuple[int, ...]]:
@@ -142,7 +148,7 @@ class FusedExperts(nn.Module):
         packed = self.quantization in ("int4_w4a16", "mxfp4_w4a16")
         rows = self.intermediate_size * (2 if ACTIVATIONS[self.activation].gated else 1)
         matrices = {"w1": (rows, self.hidden_size), "w2": (self.hidden_size, self.intermediate_size)}
-        shapes = {}
+        shapes: dict[str, tuple[int, ...]] = {}
         if self.quantization == "none" and (per_tensor or zero_points or self.block_shape is not None):
             raise ValueError(
                 "block_shape, per_tensor or zero_points was given, but quantization is 'none' and does not use it; "
@@ -152,12 +158,12 @@ class FusedExperts(nn.Module):
             if packed and k % 2:
                 size = "hidden_size" if which == "w1" else "intermediate_size"
                 raise ValueError(f"{size} is {k}, expected an even number: two weights share a byte")
-            shapes[which] = (self.num_experts, n, k // 2 if packed else k)
+            shapes[which] = (self.num_local_experts, n, k // 2 if packed else k)
             if self.quantization == "none":
                 continue
             scale_rows, scale_columns = scale_block(self.quantization, self.block_shape, per_tensor)
             scheme = Scheme(self.quantization, packed, scale_rows, scale_columns)
-            shape = scale_shape(scheme, self.num_experts, n, k)[0]
+            shape = scale_shape(scheme, self.num_local_experts, n, k)[0]
             shapes[f"{which}_scale"] = shape
             if zero_points:
                 if self.quantization not in ("int8_w8a16", "int4_w4a16") or scale_columns == 0:
@@ -166,7 +172,7 @@ class FusedExperts(nn.Module):
                         f"block_shape={self.block_shape} has none; leave it out, or pass 'int8_w8a16' or 'int4_w4a16' "
                         "and block_shape=(0, g)"
                     )
-                shapes[f"{which}_zero_point"] = (self.num_experts, -(-n // 2) if packed else n, shape[2])
+                shapes[f"{which}_zero_point"] = (self.num_local_experts, -(-n // 2) if packed else n, shape[2])
         return shapes
 
     @torch.no_grad()
@@ -194,7 +200,7 @@ class FusedExperts(nn.Module):
             hidden_states: [..., H], the dtype of the weights (quantised: bfloat16, float16 or float32).
             topk_weights: [..., top_k], any floating-point dtype.
             topk_ids: [..., top_k], int32 or int64.
-            expert_map: as `moe_ops.fused_moe`.
+            expert_map: as `moe_ops.fused_moe`; not with `ep_group`.
 
         Returns:
             [..., H], the dtype of `hidden_states`.
@@ -203,19 +209,21 @@ class FusedExperts(nn.Module):
             ValueError, TypeError: as `moe_ops.fused_moe`.
         """
         top_k = topk_ids.shape[-1]
-        out = fused_moe(
+        run = fused_moe if self.ep is None else self.ep.fused_moe
+        out = run(
             hidden_states.reshape(-1, hidden_states.shape[-1]), self.w1, self.w2, topk_weights.reshape(-1, top_k),
             topk_ids.reshape(-1, top_k), expert_map=expert_map, **self._tensors(), **self._options(),
         )  # fmt: skip
         return out.view(hidden_states.shape)
 
-    def _tensors(self) -> dict[str, Tensor | None]:
+    def _tensors(self) -> dict[str, Any]:
+        """The tensors beside w1 and w2, by argument name; None for the absent ones."""
         return {
             "w1_bias": self.w1_bias, "w2_bias": self.w2_bias, "w1_scale": self.w1_scale, "w2_scale": self.w2_scale,
             "w1_zero_point": self.w1_zero_point, "w2_zero_point": self.w2_zero_point,
         }  # fmt: skip
 
-    def _options(self) -> dict[str, object]:
+    def _options(self) -> dict[str, Any]:
         return {
             "activation": self.activation, "activation_alpha": self.activation_alpha,
             "activation_limit": self.activation_limit, "gate_up_layout": self.gate_up_layout,
@@ -255,9 +263,14 @@ class FusedExperts(nn.Module):
                 f"quantization is {self.quantization!r} already, expected a module with unquantised weights; quantise "
                 "the weights it was made from"
             )
-        options = {"granularity": granularity, "block_shape": block_shape, "dtype": dtype, "zero_points": zero_points}
         # Both before either is replaced: an error leaves the module as it was.
-        made = {which: quantize_weights(getattr(self, which), quantization, **options) for which in ("w1", "w2")}
+        made = {
+            which: quantize_weights(
+                getattr(self, which), quantization, granularity=granularity, block_shape=block_shape, dtype=dtype,
+                zero_points=zero_points,
+            )
+            for which in ("w1", "w2")
+        }  # fmt: skip
         for which, (weight, scale, zero_point) in made.items():
             setattr(self, which, nn.Parameter(weight, requires_grad=False))
             setattr(self, f"{which}_scale", scale)
@@ -288,7 +301,7 @@ class FusedExperts(nn.Module):
         from moe_ops.integrations.translate import biases_of, name_of, options_of, weights_of
 
         (w1, w2), biases = weights_of(module), biases_of(module)
-        options = options_of(module, w2.device)
+        options: dict[str, Any] | str = options_of(module, w2.device)
         if isinstance(options, str):
             raise ValueError(f"module is a {name_of(type(module))}, which the op cannot run: {options}; keep it")
         scales = {name: options.pop(name) for name in ("w1_scale", "w2_scale") if name in options}
@@ -303,7 +316,7 @@ class FusedExperts(nn.Module):
             setattr(made, name, scale.detach())
         return made.train(module.training)
 
-    def explain(self, num_tokens: int, top_k: int) -> Plan:
+    def explain(self, num_tokens: int, top_k: int) -> "Plan | DistributedPlan":
         """Says how the op would run so many tokens; the module's repr then tells it, too. Runs nothing.
 
         Args:
@@ -311,7 +324,8 @@ class FusedExperts(nn.Module):
             top_k: experts of a token.
 
         Returns:
-            The `Plan`, for hidden states in the dtype of unquantised weights, or of biases, or else bfloat16.
+            The `Plan`, for hidden states in the dtype of unquantised weights, or of biases, or else bfloat16; with
+            `ep_group` a `moe_ops.distributed.DistributedPlan`.
 
         Raises:
             ValueError, TypeError: as `moe_ops.fused_moe`.
@@ -320,16 +334,24 @@ class FusedExperts(nn.Module):
         if self.quantization != "none" and self.w1_bias is not None:
             dtype = self.w1_bias.dtype
 
-        def meta(like: Tensor | None) -> Tensor | None:
-            if like is None:
-                return None
+        if self.ep is not None:
+            device = self.w1.device
+            return self.ep.explain(
+                torch.empty(num_tokens, self.hidden_size, dtype=dtype, device=device), self.w1, self.w2,
+                torch.empty(num_tokens, top_k, device=device),
+                torch.empty(num_tokens, top_k, dtype=torch.int32, device=device),
+                **self._tensors(), **self._options(),
+            )  # fmt: skip
+
+        def meta(like: Tensor) -> Tensor:
             return torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device="meta")
 
+        others: dict[str, Any] = {name: meta(value) for name, value in self._tensors().items() if value is not None}
         args = Arguments(
             torch.empty(num_tokens, self.hidden_size, dtype=dtype, device="meta"), meta(self.w1), meta(self.w2),
             torch.empty(num_tokens, top_k, device="meta"),
             torch.empty(num_tokens, top_k, dtype=torch.int32, device="meta"),
-            **{name: meta(tensor) for name, tensor in self._tensors().items()}, **self._options(),
+            **others, **self._options(),
         )  # fmt: skip
         problem = make_problem(args, traced=True)
         if not self.w1.is_meta:
@@ -345,7 +367,9 @@ class FusedExperts(nn.Module):
 
     def extra_repr(self) -> str:
         """Sizes, format, device, and the plan that `explain` was last asked for."""
-        parts = [f"{self.num_experts} experts", f"hidden_size={self.hidden_size}"]
+        parts = [f"{self.num_local_experts} experts", f"hidden_size={self.hidden_size}"]
+        if self.ep is not None:
+            parts[0] += f" of {self.num_experts} experts, rank {self.ep.group.rank} of {self.ep.group.size}"
         parts += [f"intermediate_size={self.intermediate_size}", self.activation]
         if self.gate_up_layout != "concatenated":
             parts.append(self.gate_up_layout)

@@ -1,6 +1,7 @@
 """`MoELayer`: router, experts and shared expert, from hidden states to hidden states."""
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -9,9 +10,16 @@ from torch.nn import functional
 from moe_ops.activations import ACTIVATIONS
 from moe_ops.api import topk_route
 from moe_ops.checks import require_name
-from moe_ops.nn.experts import FusedExperts, keep_dtype
+from moe_ops.nn.experts import FusedExperts
+from moe_ops.nn.moves import keep_dtype
 from moe_ops.reference import nonlinearity
 from moe_ops.router import make_router
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
+
+    from moe_ops.distributed import ExpertParallel
 
 _SHARED_ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "silu_no_gate", "gelu_no_gate", "relu2_no_gate")
 
@@ -52,7 +60,7 @@ class SharedExpert(nn.Module):
         super().__init__()
         require_name("activation", activation, _SHARED_ACTIVATIONS)
         self.activation = activation
-        options = {"bias": bias, "device": device, "dtype": dtype}
+        options: dict[str, Any] = {"bias": bias, "device": device, "dtype": dtype}
         gated = ACTIVATIONS[activation].gated
         self.gate_proj = nn.Linear(hidden_size, intermediate_size, **options) if gated else None
         self.up_proj = nn.Linear(hidden_size, intermediate_size, **options)
@@ -99,6 +107,7 @@ class MoELayer(nn.Module):
         router_dtype: the logits are computed in this dtype; None: in that of the hidden states.
         shared_intermediate_size: I of the shared expert; None: there is none.
         shared_gate: the shared expert is weighted by the sigmoid of a Linear.
+        ep_group: as `FusedExperts`: the experts are spread over these ranks, and everything else is on all of them.
         device: of the tensors.
         dtype: of the parameters.
         **experts: options of `FusedExperts`: activation, bias, quantization, block_shape, path, ...
@@ -114,6 +123,8 @@ class MoELayer(nn.Module):
         ...     layer(torch.randn(2, 5, 64)).shape
         torch.Size([2, 5, 64])
     """
+
+    correction_bias: Tensor | None
 
     def __init__(
         self,
@@ -133,9 +144,10 @@ class MoELayer(nn.Module):
         router_dtype: torch.dtype | None = None,
         shared_intermediate_size: int | None = None,
         shared_gate: bool = False,
+        ep_group: "ProcessGroup | DeviceMesh | ExpertParallel | None" = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
-        **experts,
+        **experts: Any,
     ) -> None:
         super().__init__()
         if shared_gate and shared_intermediate_size is None:
@@ -143,7 +155,7 @@ class MoELayer(nn.Module):
                 "shared_gate is True, but there is no shared expert; pass shared_intermediate_size, or leave it out"
             )
         self.top_k, self.router_dtype = top_k, router_dtype
-        self.routing = {
+        self.routing: dict[str, Any] = {
             "scoring": scoring,
             "renormalize": renormalize,
             "num_groups": num_groups,
@@ -151,8 +163,10 @@ class MoELayer(nn.Module):
             "group_score": group_score,
             "routed_scaling_factor": routed_scaling_factor,
         }
-        factory = {"device": device, "dtype": dtype}
-        self.experts = FusedExperts(num_experts, hidden_size, intermediate_size, **experts, **factory)
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.experts = FusedExperts(
+            num_experts, hidden_size, intermediate_size, ep_group=ep_group, **experts, **factory
+        )
         # What is wrong with the routing shows here, and not at the first token.
         make_router(torch.empty(0, num_experts, device="meta"), top_k, **self.routing)
         self.router = nn.Linear(hidden_size, num_experts, bias=router_bias, **factory)

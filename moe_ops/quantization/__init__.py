@@ -4,19 +4,15 @@ from moe_ops.quantization.activations import dequantize_activations, quantize_ac
 from moe_ops.quantization.checkpoints import from_awq, from_gptq
 from moe_ops.quantization.dequantize import dequantize, unpack
 from moe_ops.quantization.quantize import QuantizedWeights, pack, quantize_weights
-from moe_ops.quantization.scheme import FORMATS, UNQUANTIZED, Scheme, check_scales, make_scheme
+from moe_ops.quantization.scheme import FORMATS
 
 __all__ = [
     "FORMATS",
-    "UNQUANTIZED",
     "QuantizedWeights",
-    "Scheme",
-    "check_scales",
     "dequantize",
     "dequantize_activations",
     "from_awq",
     "from_gptq",
-    "make_scheme",
     "pack",
     "quantize_activations",
     "quantize_weights",

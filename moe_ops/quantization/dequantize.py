@@ -88,10 +88,10 @@ def unpack(packed: Tensor) -> Tensor:
     """Nibbles of bytes, [..., n] -> [..., 2 * n], the low nibble first; uint8.
 
     Args:
-        packed: uint8.
+        packed: [..., n], uint8.
 
     Returns:
-        Values from 0 to 15.
+        [..., 2 * n], uint8: values from 0 to 15.
 
     Example:
         >>> import torch

@@ -118,10 +118,10 @@ def pack(values: Tensor) -> Tensor:
     """The inverse of `unpack`: pairs of 4-bit values as bytes, [..., n] -> [..., ceil(n / 2)], the first one low.
 
     Args:
-        values: integers from 0 to 15, any integer dtype; a last one without a partner gets a 0.
+        values: [..., n], integers from 0 to 15, any integer dtype; a last one without a partner gets a 0.
 
     Returns:
-        uint8.
+        [..., ceil(n / 2)], uint8.
 
     Example:
         >>> import torch
@@ -145,15 +145,15 @@ def per_matrix(function: Callable[..., QuantizedWeights], *tensors: Tensor) -> Q
     """
     leading = tensors[0].shape[:-2]
     flat = [tensor.reshape(-1, *tensor.shape[-2:]) for tensor in tensors]
-    results = None
+    results: dict[str, Tensor] = {}
     for i, matrices in enumerate(zip(*flat, strict=True)):
-        parts = function(*matrices)
-        if results is None:
-            results = [None if part is None else part.new_empty(len(flat[0]), *part.shape) for part in parts]
-        for result, part in zip(results, parts, strict=True):
-            if result is not None:
-                result[i] = part
-    return QuantizedWeights(*(None if r is None else r.view(leading + r.shape[1:]) for r in results))
+        parts = function(*matrices)._asdict()
+        for name, part in parts.items():
+            if part is not None:
+                if i == 0:
+                    results[name] = part.new_empty(len(flat[0]), *part.shape)
+                results[name][i] = part
+    return QuantizedWeights(**{name: made.view(leading + made.shape[1:]) for name, made in results.items()})
 
 
 def _stored_dtype(quantization: str, dtype: torch.dtype | None) -> torch.dtype:

@@ -12,6 +12,7 @@ K is the reduction dimension of a weight [E, N, K] (H for w1, I for w2), N its r
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -52,7 +53,6 @@ class Scheme:
         zero_points: the weights have zero points, with the same groups.
         inputs: scales of the quantised hidden states: "" (not quantised), "tensor", "token" or "group" (of 128).
         inputs_given: the hidden states arrive quantised.
-        inputs_static: their scale is given.
         act: scales of the quantised activation: "", "tensor" or "expert" (both given), "token" or "group".
     """
 
@@ -63,7 +63,6 @@ class Scheme:
     zero_points: bool = False
     inputs: str = ""
     inputs_given: bool = False
-    inputs_static: bool = False
     act: str = ""
 
     @property
@@ -122,7 +121,8 @@ def make_scheme(args: Arguments) -> Scheme:
     for given in _SCALES:
         if getattr(args, given) is None:
             raise ValueError(f"{given} is None, and quantization={name!r} needs it; pass the scales of {given[:2]}")
-    rows, columns = scale_block(name, args.block_shape, args.w1_scale.ndim == 1)
+    per_tensor = args.w1_scale is not None and args.w1_scale.ndim == 1
+    rows, columns = scale_block(name, args.block_shape, per_tensor)
     zero_points = _has_zero_points(args, columns)
     weights_only = name not in _INPUT_DTYPES
     if weights_only:
@@ -138,7 +138,6 @@ def make_scheme(args: Arguments) -> Scheme:
         zero_points=zero_points,
         inputs=inputs,
         inputs_given=inputs_given,
-        inputs_static=not weights_only and args.a1_scale is not None,
         act="" if weights_only else _act(args, columns),
     )
 
@@ -158,13 +157,10 @@ def check_scales(args: Arguments, scheme: Scheme, w1_rows: int) -> None:
     intermediate = scheme.columns(args.w2.shape[2])
     if scheme.name == "int8_w8a8":
         for which, size in (("hidden_states: H", hidden), ("w2: I", intermediate)):
-            require(
-                size <= _LONGEST_INT8_SUM,
-                lambda which=which, size=size: (
-                    f"{which} is {size}, expected at most {_LONGEST_INT8_SUM}, whose int8 products int32 can add up; "
-                    "use quantization='int8_w8a16'"
-                ),
+            message = (
+                "{} is {}, expected at most {}, whose int8 products int32 can add up; use quantization='int8_w8a16'"
             )
+            require(size <= _LONGEST_INT8_SUM, partial(message.format, which, size, _LONGEST_INT8_SUM))
     for which, rows, columns in (("w1", w1_rows, hidden), ("w2", hidden, intermediate)):
         shape, form = scale_shape(scheme, experts, rows, columns)
         require_shape(f"{which}_scale", getattr(args, f"{which}_scale"), shape, form)
@@ -244,11 +240,12 @@ def scale_block(name: str, block_shape: Sequence[int] | None, per_tensor: bool =
     return 1, _expect_block(block, name, ((0, 32), (0, 64), (0, 128)))[1]
 
 
-def _expect_block(block: Sequence[int], name: str, allowed: Sequence[tuple[int, int]]) -> tuple[int, int]:
-    if block not in allowed:
-        forms = either([list(shape) for shape in allowed])
-        raise ValueError(f"block_shape is {list(block)}, expected {forms} for quantization={name!r}")
-    return block
+def _expect_block(block: tuple[int, ...], name: str, allowed: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    for shape in allowed:
+        if block == shape:
+            return shape
+    forms = either([list(shape) for shape in allowed])
+    raise ValueError(f"block_shape is {list(block)}, expected {forms} for quantization={name!r}")
 
 
 def _has_zero_points(args: Arguments, columns: int) -> bool:

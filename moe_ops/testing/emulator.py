@@ -5,7 +5,7 @@ from torch import Tensor
 
 from moe_ops.arguments import Arguments
 from moe_ops.problem import Problem, make_problem
-from moe_ops.quantization import Scheme, dequantize_activations, quantize_activations
+from moe_ops.quantization import dequantize_activations, quantize_activations
 from moe_ops.reference import activate, expert_weight, local_experts
 
 
@@ -23,7 +23,7 @@ def emulate(args: Arguments, *, round_up_projection: bool = False) -> Tensor:
         round_up_projection: round the up projection as well, as the CPU path may in 16 bits.
 
     Returns:
-        The result, in the dtype the op gives it.
+        The result, [M, H] or [M, top_k, H], in the dtype the op gives it.
 
     Raises:
         ValueError, TypeError: as the op.
@@ -40,10 +40,10 @@ def emulate(args: Arguments, *, round_up_projection: bool = False) -> Tensor:
     router_weights = args.topk_weights.float().flatten()
     rows = torch.zeros(problem.num_routes, problem.hidden_size, dtype=dtype, device=experts.device)
     scheme = problem.scheme
-    if scheme.inputs_given:
+    if args.a1_scale is not None and scheme.inputs_given:
         inputs = dequantize_activations(args.hidden_states, args.a1_scale, wide)
-    elif scheme.inputs:
-        inputs = _quantized(args.hidden_states, scheme, scheme.inputs, args.a1_scale, wide)
+    elif scheme.row_dtype is not None:
+        inputs = _quantized(args.hidden_states, scheme.row_dtype, scheme.inputs, args.a1_scale, wide)
     else:
         inputs = args.hidden_states.to(wide)
     for expert in range(problem.num_experts):
@@ -58,9 +58,9 @@ def emulate(args: Arguments, *, round_up_projection: bool = False) -> Tensor:
         if args.w1_bias is not None:
             up = up + args.w1_bias[expert].to(wide)
         act = activate(up, problem).to(dtype).to(wide)
-        if scheme.act:
+        if scheme.row_dtype is not None:
             scale = None if args.a2_scale is None else args.a2_scale[expert if scheme.act == "expert" else 0]
-            act = _quantized(act, scheme, scheme.act, scale, wide)
+            act = _quantized(act, scheme.row_dtype, scheme.act, scale, wide)
         down = _matmul(act, _weight(args, problem, "w2", expert, wide))
         if args.w2_bias is not None:
             down = down + args.w2_bias[expert].to(wide)
@@ -77,9 +77,9 @@ def emulate(args: Arguments, *, round_up_projection: bool = False) -> Tensor:
     return (routes * problem.routed_scaling_factor).to(problem.out_dtype)
 
 
-def _quantized(x: Tensor, scheme: Scheme, granularity: str, scale: Tensor | None, wide: torch.dtype) -> Tensor:
+def _quantized(x: Tensor, dtype: torch.dtype, granularity: str, scale: Tensor | None, wide: torch.dtype) -> Tensor:
     """x rounded to the rows' format, as numbers."""
-    q, scale = quantize_activations(x, scheme.row_dtype, granularity, scale)
+    q, scale = quantize_activations(x, dtype, granularity, scale)
     return dequantize_activations(q, scale, wide)
 
 

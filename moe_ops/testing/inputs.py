@@ -1,5 +1,8 @@
 """Inputs for tests: unit scale before the activation, every kind of routing, and a case that is exact in integers."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -23,7 +26,7 @@ def random_inputs(
     n_major: bool = False,
     index_dtype: torch.dtype = torch.int32,
     seed: int = 0,
-    **options,
+    **options: Any,
 ) -> Arguments:
     """Draws a call: x ~ N(0, 1) and w ~ N(0, 1 / K), so that activations see values of the order of 1.
 
@@ -91,7 +94,7 @@ def random_inputs(
     )
 
 
-def _route(routing: str, num_tokens: int, experts: int, top_k: int, generator, device) -> Tensor:
+def _route(routing: str, num_tokens: int, experts: int, top_k: int, generator: torch.Generator, device: str) -> Tensor:
     """Expert ids [M, top_k], int64."""
 
     def uniform(choices: int) -> Tensor:
@@ -133,7 +136,7 @@ def exact_inputs(
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
     seed: int = 0,
-    **options,
+    **options: Any,
 ) -> Arguments:
     """Draws a "silu" call all of whose intermediate values are integers that even bfloat16 holds exactly.
 
@@ -174,12 +177,11 @@ def exact_inputs(
     w2 = _sparse_signs(integers, experts, hidden, intermediate)
     ids = _route("uniform", num_tokens, experts, top_k, generator, "cpu")
     weights = torch.pow(2.0, -integers(0, 3, num_tokens, top_k))
-    return Arguments(
-        *(tensor.to(device, dtype) for tensor in (x, w1, w2)), weights.to(device), ids.int().to(device), **options
-    )
+    x, w1, w2 = (tensor.to(device, dtype) for tensor in (x, w1, w2))
+    return Arguments(x, w1, w2, weights.to(device), ids.int().to(device), **options)
 
 
-def _sparse_signs(integers, experts: int, rows: int, columns: int, nonzeros: int = 4) -> Tensor:
+def _sparse_signs(integers: Callable[..., Tensor], experts: int, rows: int, columns: int, nonzeros: int = 4) -> Tensor:
     """[E, rows, columns] with a few +-1 in each row, one of them in the last column."""
     weight = torch.zeros(experts, rows, columns, dtype=torch.int64)
     where = integers(0, columns - 1, experts, rows, nonzeros - 1)

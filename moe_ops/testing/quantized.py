@@ -1,6 +1,7 @@
 """Quantised inputs for tests: every scale differs from its neighbours, so that a shifted or swapped one shows."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,7 +28,7 @@ def quantized_inputs(
     dtype: torch.dtype = torch.bfloat16,
     n_major: bool = False,
     seed: int = 0,
-    **inputs,
+    **inputs: Any,
 ) -> Arguments:
     """Draws a call as `random_inputs` does, quantises it, and multiplies every scale by a factor from 0.5 to 2.
 
@@ -72,7 +73,7 @@ def quantized_inputs(
             return (scale.int() + steps).clamp(0, 254).to(torch.uint8)
         return scale * 2 ** (2 * torch.rand(scale.shape, generator=generator, device=device) - 1)
 
-    options = {"granularity": granularity, "block_shape": block_shape, "zero_points": zero_points}
+    options: dict[str, Any] = {"granularity": granularity, "block_shape": block_shape, "zero_points": zero_points}
     for which in ("w1", "w2"):
         made = quantize_weights(getattr(args, which), quantization, dtype=weight_dtype, **options)
         scale = varied(made.scale)

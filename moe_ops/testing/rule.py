@@ -40,8 +40,8 @@ def errors(actual: Tensor, reference: Tensor) -> Errors:
     """Normalised errors of `actual` against `reference`, in float64; NaN and infinity where they differ count as inf.
 
     Args:
-        actual: the result, any dtype.
-        reference: what it should be, of the same shape, float64 or float32.
+        actual: the result, any shape and dtype.
+        reference: what it should be, shaped as `actual`, float64 or float32.
 
     Returns:
         rms and max of |actual - reference| / max(rms(reference), |reference|).
@@ -76,7 +76,7 @@ def assert_correct(
         actual: the result.
         args: the call it is the result of.
         round_up_projection: allow the CPU path's extra rounding; see `emulate`.
-        reference: the float64 result, where the caller has it already.
+        reference: the float64 result, shaped as `actual`, where the caller has it already.
 
     Returns:
         The result's errors.

@@ -24,6 +24,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from types import FrameType
 from unittest import mock
 
 import numpy as np
@@ -76,7 +77,7 @@ class Report:
         stores: lanes stored.
     """
 
-    launches: Counter = field(default_factory=Counter)
+    launches: Counter[str] = field(default_factory=Counter)
     loads: int = 0
     stores: int = 0
 
@@ -237,7 +238,7 @@ class _Watch:
         try:
             return original(executor, *args, **kwargs)
         except Exception as error:
-            cause = error
+            cause: BaseException | None = error
             while cause is not None and not isinstance(cause, SanitizerError):
                 cause = cause.__cause__
             if cause is None:
@@ -374,7 +375,7 @@ def _pointer_names(name: str, value) -> Iterator[str]:
 
 def _source_line() -> str:
     """The innermost line that is neither Triton's nor this file's: the kernel's."""
-    frame = sys._getframe()
+    frame: FrameType | None = sys._getframe()
     while frame is not None:
         package = frame.f_globals.get("__name__", "")
         file = frame.f_code.co_filename

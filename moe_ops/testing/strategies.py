@@ -3,7 +3,9 @@
 A drawn `Call` is a description, and its repr an expression: what a failing test prints builds the call again.
 """
 
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable
+from dataclasses import MISSING, dataclass, field, fields
+from typing import Any
 
 import torch
 from hypothesis import strategies as st
@@ -65,18 +67,20 @@ class Call:
     w2_bias: torch.dtype | None = None
     expert_map: tuple[int, ...] | None = None
     layouts: dict[str, str] = field(default_factory=dict)
-    options: dict[str, object] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)
     seed: int = 0
-    quantized: dict[str, object] = field(default_factory=dict)
+    quantized: dict[str, Any] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         """The call that makes it, without defaults."""
-        default = Call(*[None] * 5)
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        shown = [f"{name}={value!r}" for name, value in values.items() if value != getattr(default, name)]
+        shown = [
+            f"{f.name}={value!r}"
+            for f in fields(self)
+            if (value := getattr(self, f.name)) != (f.default if f.default_factory is MISSING else f.default_factory())
+        ]
         return f"Call({', '.join(shown)})"
 
-    def _repr_pretty_(self, printer, cycle: bool) -> None:
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
         """What hypothesis prints of a failing example."""
         printer.text(repr(self))
 
@@ -100,7 +104,7 @@ def build(call: Call, device: str = "cpu") -> Arguments:
         >>> args.w1.shape, args.w1.stride()
         (torch.Size([4, 16, 16]), (256, 1, 16))
     """
-    make = quantized_inputs if call.quantized else random_inputs
+    make: Callable[..., Arguments] = quantized_inputs if call.quantized else random_inputs
     args = make(
         num_tokens=call.num_tokens, hidden=call.hidden, intermediate=call.intermediate, experts=call.experts,
         top_k=call.top_k, dtype=call.dtype, device=device, routing=call.routing, bias=True,
@@ -195,7 +199,7 @@ def calls(
     max_experts: int = 9,
     dtypes: tuple[torch.dtype, ...] = (torch.float16, torch.float32),
     tma: bool = True,
-    quantized: st.SearchStrategy[dict[str, object]] | None = None,
+    quantized: st.SearchStrategy[dict[str, Any]] | None = None,
 ) -> st.SearchStrategy[Call]:
     """Draws calls: shapes, routing, layouts and every option of the op that is implemented.
 
@@ -218,9 +222,7 @@ def calls(
     return _calls(max_tokens, max_size, max_experts, dtypes, tma, st.just({}) if quantized is None else quantized)
 
 
-def formats(
-    names: tuple[str, ...] = FORMATS[1:], *, blocks: bool | None = None
-) -> st.SearchStrategy[dict[str, object]]:
+def formats(names: tuple[str, ...] = FORMATS[1:], *, blocks: bool | None = None) -> st.SearchStrategy[dict[str, Any]]:
     """Draws how a call is quantised: the keyword arguments that `quantized_inputs` has for it.
 
     Args:
@@ -239,10 +241,10 @@ def formats(
 
 
 @st.composite
-def _formats(draw, names: tuple[str, ...], blocks: bool | None) -> dict[str, object]:
+def _formats(draw: st.DrawFn, names: tuple[str, ...], blocks: bool | None) -> dict[str, Any]:
     name = draw(st.sampled_from(names))
-    choices = {"scale_dtype": (None, torch.bfloat16, torch.float16)}
-    block = None
+    choices: dict[str, tuple[object, ...]] = {"scale_dtype": (None, torch.bfloat16, torch.float16)}
+    block: tuple[int, int] | None = None
     if name in _QUANTIZED_ROWS:
         block = (GROUP, GROUP) if draw(st.booleans() if blocks is None else st.just(blocks)) else None
         choices["inputs_given"] = (False, False, True, "tensor")
@@ -265,7 +267,13 @@ def _formats(draw, names: tuple[str, ...], blocks: bool | None) -> dict[str, obj
 
 @st.composite
 def _calls(
-    draw, max_tokens: int, max_size: int, max_experts: int, dtypes: tuple, tma: bool, quantized: st.SearchStrategy
+    draw: st.DrawFn,
+    max_tokens: int,
+    max_size: int,
+    max_experts: int,
+    dtypes: tuple[torch.dtype, ...],
+    tma: bool,
+    quantized: st.SearchStrategy[dict[str, Any]],
 ) -> Call:
     quantization = draw(quantized)
     name = quantization.get("quantization")
@@ -285,7 +293,7 @@ def _calls(
     given_tensors = {"expert_map": expert_map, "w1_bias": w1_bias, "w2_bias": w2_bias}
     layouts = {}
     for tensor in (*_TENSORS, *_quantized_tensors(quantization)):
-        allowed = LAYOUTS
+        allowed: tuple[str, ...] = LAYOUTS
         if tma and tensor in ("w1", "w2"):
             allowed = _TMA_WEIGHT_LAYOUTS[:2] if quantization else _TMA_WEIGHT_LAYOUTS
         if routing == "hostile" and tensor in ("topk_ids", "topk_weights"):
@@ -295,7 +303,7 @@ def _calls(
         if layout != "contiguous" and given_tensors.get(tensor, ()) is not None:
             layouts[tensor] = layout
     counts = {"num_tokens": draw(tokens), "hidden": draw(sizes), "intermediate": draw(sizes)}
-    dtypes_of = {
+    dtypes_of: dict[str, Any] = {
         "index_dtype": draw(st.sampled_from((torch.int32, torch.int64))),
         "weights_dtype": draw(st.sampled_from((torch.float32, torch.float16))),
     }
@@ -322,7 +330,7 @@ def _calls(
     )
 
 
-def _quantized_tensors(quantization: dict[str, object]) -> tuple[str, ...]:
+def _quantized_tensors(quantization: dict[str, Any]) -> tuple[str, ...]:
     """The tensor arguments that a quantised call has beside the others."""
     if not quantization:
         return ()
@@ -353,7 +361,7 @@ def _expert_maps(experts: int) -> st.SearchStrategy[tuple[int, ...]]:
 
 
 @st.composite
-def _options(draw, dtypes: tuple[torch.dtype, ...]) -> dict[str, object]:
+def _options(draw: st.DrawFn, dtypes: tuple[torch.dtype, ...]) -> dict[str, Any]:
     """Arguments of the op that are no tensors; those at their defaults are left out."""
     activation = ACTIVATIONS[draw(st.sampled_from(tuple(ACTIVATIONS)))]
     choices = {

@@ -15,8 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 BROKEN = """
 import runpy, sys
 import moe_ops.integrations.transformers as integration
-right = integration.fused_moe
-integration.fused_moe = lambda *args, **kwargs: right(*args, **kwargs) * 1.1
+integration.fused_moe = lambda *args, right=integration.fused_moe, **kwargs: right(*args, **kwargs) * 1.1
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
@@ -113,6 +112,28 @@ def test_hf_generate():
     assert "logits differ by" in done.stdout and done.returncode == 1, done.stderr
 
 
+def test_serve_block():
+    pytest.importorskip("transformers", minversion="5.17")
+    example = ROOT / "examples" / "serve_block.py"
+    done = run(example, "--device", "cpu")
+    assert done.returncode == 0, done.stderr
+    rows = re.findall(r"^(\w+) +(\d+) tokens/s \((.+)\); logits differ by (\S+), (.*)$", done.stdout, re.M)
+    assert [row[0] for row in rows] == ["eager", "grouped_mm", "batched_mm", "moe_ops"]
+    assert [row[2] for row in rows] == ["not compiled", "compiled", "compiled", "compiled"]
+    assert all(int(row[1]) > 0 and row[4] == "2 of 2 first tokens the same" for row in rows)
+    assert done.stdout.endswith("logits: agree (allowed: 1e-04)\n")
+
+
+@in_full
+def test_serve_block_says_what_is_wrong():
+    pytest.importorskip("transformers", minversion="5.17")
+    example = ROOT / "examples" / "serve_block.py"
+    done = run("-c", BROKEN, example, "--device", "cpu")
+    assert "logits: DISAGREE" in done.stdout and done.returncode == 1, done.stderr
+    done = run(example, "--backend", "none")
+    assert done.returncode == 2 and "--backend 'none' is none of torch.compile's" in done.stderr
+
+
 @in_full
 def test_hf_generate_says_why_not():
     pytest.importorskip("transformers", minversion="5.17")
@@ -123,3 +144,21 @@ def test_hf_generate_says_why_not():
     assert done.returncode == 2 and "'bert' is no family with transformers' experts interface" in done.stderr
     done = run(example, "qwen3_vl_moe")
     assert done.returncode == 1 and "qwen3_vl_moe has no model of text alone that generates" in done.stderr
+
+
+def test_expert_parallel():
+    example = ROOT / "examples" / "expert_parallel.py"
+    done = run(example, "--device", "cpu")
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = re.findall(r"^(\w+) +(\S+) experts on 2 x cpu: .* by (\S+) \(allowed: 1e-05\), ([\d,]+) tokens/s$",
+                      done.stdout, re.M)  # fmt: skip
+    assert [row[:2] for row in rows] == [("even", "3+3"), ("uneven", "4+2")]
+    assert all(float(difference) < 1e-5 and int(speed.replace(",", "")) > 0 for _, _, difference, speed in rows)
+    assert re.search(r"^24 tokens a rank go by (gather|alltoall): ", done.stdout, re.M)
+
+
+@in_full
+def test_expert_parallel_under_torchrun():
+    example = ROOT / "examples" / "expert_parallel.py"
+    done = run("-m", "torch.distributed.run", "--nproc-per-node", "2", example, "--device", "cpu")
+    assert done.returncode == 0 and "uneven" in done.stdout, done.stdout + done.stderr

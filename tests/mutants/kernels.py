@@ -15,7 +15,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.mutants.mutations import Mutation
+from tests.mutants.mutation import Mutation
 
 ROOT = Path(__file__).resolve().parents[2]
 SECONDS = 150

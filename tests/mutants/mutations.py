@@ -1,39 +1,6 @@
 """Mutations of the kernels' sources: one small mistake each, of the kind that kernels have had."""
 
-from dataclasses import dataclass
-from pathlib import Path
-
-
-@dataclass(frozen=True)
-class Mutation:
-    """A mistake: `old`, which stands in moe_ops/kernels/`file` once, becomes `new`.
-
-    Attributes:
-        name: of the mutant.
-        file: under moe_ops/kernels, without .py.
-        old: the exact source text.
-        new: what takes its place.
-        breaks: what is wrong then.
-        first: the check of `checks` to begin with; the others follow if it lets the mutant live.
-    """
-
-    name: str
-    file: str
-    old: str
-    new: str
-    breaks: str
-    first: str
-
-    def apply(self, package: Path) -> str:
-        """Edits the copy of the package; returns the mutated source."""
-        path = package / "kernels" / f"{self.file}.py"
-        source = path.read_text()
-        if source.count(self.old) != 1:
-            raise ValueError(f"{self.name}: {self.old!r} stands {source.count(self.old)} times in {self.file}.py")
-        mutated = source.replace(self.old, self.new)
-        path.write_text(mutated)
-        return mutated
-
+from tests.mutants.mutation import Mutation
 
 # fmt: off
 MUTATIONS = [
@@ -311,97 +278,6 @@ MUTATIONS = [
     Mutation(
         "gemv_input_scale_of_group_0", "gemv", "k // 128", "0 * k", "hidden states by the scales of their first group",
         "direct fp8_block_given",
-    ),
-]
-
-# For Hopper. A mistake in the barriers may hang, give wrong numbers, or both in turns.
-GPU_MUTATIONS = [
-    Mutation(
-        "full_parity", "pingpong", "mbarrier.wait(full.index(stage), (index // STAGES) & 1)",
-        "mbarrier.wait(full.index(stage), ((index // STAGES) & 1) ^ 1)", "a stage is read a pass too early",
-        "pingpong plain",
-    ),
-    Mutation(
-        "empty_parity_of_the_gather", "pingpong",
-        "mbarrier.wait(empty.index(stage), ((index // STAGES) & 1) ^ 1)\n                cp_async",
-        "mbarrier.wait(empty.index(stage), (index // STAGES) & 1)\n                cp_async",
-        "the gather waits for a pass that nobody has begun", "pingpong plain",
-    ),
-    Mutation(
-        "empty_not_waited_for", "pingpong",
-        "mbarrier.wait(empty.index(stage), ((index // STAGES) & 1) ^ 1)\n            bar", "bar",
-        "TMA overwrites weights that are being read", "pingpong many K steps",
-    ),
-    Mutation(
-        "last_empty_arrive_missing", "pingpong",
-        "        mbarrier.arrive(empty.index((first + K_STEPS + STAGES - 1) % STAGES), count=1)\n", "",
-        "the last stage of a tile is never given back", "pingpong plain",
-    ),
-    Mutation(
-        "turn_not_passed", "pingpong", "mbarrier.arrive(turn.index(1 - CONSUMER), count=1)",
-        "mbarrier.arrive(turn.index(CONSUMER), count=1)", "the other consumer never gets its turn", "pingpong plain",
-    ),
-    Mutation(
-        "turn_parity", "pingpong", "(1 - CONSUMER) ^ ((step // 2) & 1)", "CONSUMER ^ ((step // 2) & 1)",
-        "consumer 1 begins and consumer 0 waits", "pingpong plain",
-    ),
-    Mutation(
-        "full_counts_one_gather_warp", "pingpong", "1 + 32 * _GATHER_WARPS if GATHER", "1 + 32 if GATHER",
-        "a stage counts as full when half its rows are there", "pingpong plain",
-    ),
-    Mutation(
-        "full_counts_one_too_many", "pingpong", "1 + 32 * _GATHER_WARPS if GATHER", "2 + 32 * _GATHER_WARPS if GATHER",
-        "no stage is ever full", "pingpong plain",
-    ),
-    Mutation(
-        "half_the_bytes_announced", "pingpong", "(LOADED_ROWS + COLUMNS) * BLOCK_K *",
-        "(LOADED_ROWS + COLUMNS // 2) * BLOCK_K *", "a stage counts as full before its up rows are there",
-        "pingpong plain",
-    ),
-    Mutation(
-        "gather_past_k", "pingpong", "mask = row_mask & (k + k_offsets < K)[None, :]", "mask = row_mask",
-        "columns of the next token times weights of 0; past the last token, anything", "pingpong plain",
-    ),
-    Mutation(
-        "only_the_last_k_step", "pingpong", "use_acc=k_step > 0", "use_acc=False",
-        "a step forgets those before it", "pingpong plain",
-    ),
-    Mutation(
-        "expert_of_this_tile", "pingpong", "gl.minimum(next_block_m, num_m - 1)", "gl.minimum(block_m, num_m - 1)",
-        "a tile multiplies with the expert of the tile before", "pingpong many K steps",
-    ),
-    Mutation(
-        "last_columns_stored_elsewhere", "pingpong", "block_m, first_column(block_n, N, BLOCK_N), N,",
-        "block_m, block_n * BLOCK_N, N,", "the last tile is stored where one of whole columns would be",
-        "pingpong last columns",
-    ),
-    Mutation(
-        "bias_past_n", "epilogue", "mask=columns < N, other=0.0", "mask=columns < N - 1, other=0.0",
-        "the last column has no bias", "pingpong biases_interleaved",
-    ),
-    Mutation(
-        "blockscaled_weights_empty_parity", "blockscaled",
-        "mbarrier.wait(empty.index(FIRST + stage), phase)\n                    bar",
-        "mbarrier.wait(empty.index(FIRST + stage), phase ^ 1)\n                    bar",
-        "the weights wait for a pass that nobody has begun", "blockscaled fp8_block",
-    ),
-    Mutation(
-        "blockscaled_rows_full_parity", "blockscaled",
-        "mbarrier.wait(rows_full.index(ROWS_FIRST + a), a_phase, pred=more & (half == 1))",
-        "mbarrier.wait(rows_full.index(ROWS_FIRST + a), a_phase ^ 1, pred=more & (half == 1))",
-        "rows are multiplied before they are there", "blockscaled many K steps",
-    ),
-    Mutation(
-        "blockscaled_promotion_lost", "blockscaled", "acc0 += partial * factor0",
-        "acc0 = partial * factor0", "only the last 128 columns count", "blockscaled fp8_block",
-    ),
-    Mutation(
-        "blockscaled_scale_of_the_other_half", "blockscaled", "factor = factor1[:, None]",
-        "factor = factor0[:, None]", "the up half by the scale of the gate's", "blockscaled fp8_block",
-    ),
-    Mutation(
-        "blockscaled_cut_ignored", "blockscaled", "gl.where(before_cut, factor, factor2[:, None])",
-        "factor", "the up half by the scale of the block that it begins in", "blockscaled fp8_block",
     ),
 ]
 # fmt: on

@@ -12,7 +12,9 @@ from pathlib import Path
 import torch
 
 from tests.mutants import emulators, kernels
-from tests.mutants.mutations import GPU_MUTATIONS, MUTATIONS, Mutation
+from tests.mutants.hopper import GPU_MUTATIONS
+from tests.mutants.mutation import Mutation
+from tests.mutants.mutations import MUTATIONS
 
 DOCS = kernels.ROOT / "docs" / "testing.md"
 

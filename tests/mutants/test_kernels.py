@@ -13,8 +13,10 @@ import pytest
 import torch
 
 from tests.amount import in_full
+from tests.mutants.hopper import GPU_MUTATIONS
 from tests.mutants.kernels import ROOT, Outcome, copy_package, judges
-from tests.mutants.mutations import GPU_MUTATIONS, MUTATIONS, Mutation
+from tests.mutants.mutation import Mutation
+from tests.mutants.mutations import MUTATIONS
 
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
 ALL = [*MUTATIONS, *GPU_MUTATIONS]

@@ -1,8 +1,5 @@
 """`topk_route` as PyTorch sees it, and against the routers of transformers; on the CPU."""
 
-import re
-from pathlib import Path
-
 import pytest
 import torch
 from torch.library import opcheck
@@ -59,14 +56,6 @@ def test_compile_and_export():
 
     program = torch.export.export(Router(), (logits,), dynamic_shapes=({0: torch.export.Dim("tokens")},))
     check(*program.module()(logits[:7]), logits[:7], top_k, bias, options)
-
-
-def test_the_page_of_docs():
-    text = (Path(__file__).parents[2] / "docs" / "router.md").read_text()
-    (block,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    names = {}
-    exec(block, names)
-    assert names["out"].shape == (6, 64)
 
 
 def test_no_backward():

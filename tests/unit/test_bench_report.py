@@ -1,6 +1,6 @@
 """Recorded results: scaling, the report's tables, plots. The files in benchmarks/results have to stay readable."""
 
-import importlib.util
+import importlib
 import json
 import re
 import statistics
@@ -20,10 +20,15 @@ EAGER = RESULTS / "2026-11-22-h200-eager-bf16.json"
 
 @pytest.fixture(scope="module")
 def report():
-    spec = importlib.util.spec_from_file_location("report", ROOT / "benchmarks" / "report.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    """benchmarks/report.py, whose neighbours it finds as the script does."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT / "benchmarks"))
+        yield importlib.import_module("report")
+
+
+@pytest.fixture(scope="module")
+def tables(report):
+    return importlib.import_module("result_tables")
 
 
 def rows(lines) -> list[list[str]]:
@@ -83,11 +88,11 @@ def test_peers_table_of_the_recorded_files(report, capsys):
         assert abs(float(shown[1]) - mean) < 2e-3 and abs(int(shown[2]) - ahead) <= 1  # rounded factors
 
 
-def test_peers_table_of_cells_nobody_recorded(report):
+def test_peers_table_of_cells_nobody_recorded(tables):
     ours = json.loads(WHOLE.read_text())
     first, second = ours["cells"][:2]
     ours["cells"] = [first | {"tokens": 7}, second | {"routing": "zipf"}]
-    lines = list(report.peers_table(ours, load_peers(PEERS)))
+    lines = list(tables.peers_table(ours, load_peers(PEERS)))
     assert [row[7:] for row in rows(lines)[1:]] == [["-", "-", "-"]]
     assert not any("Geometric" in line for line in lines)
 
@@ -145,12 +150,12 @@ def test_skew_table(report, capsys, tmp_path):
     assert table[2] == ["toy", "100", "zipf", "8", "tma pingpong", "1.5000", "1.50", "2.00", "3.00", "2.00", "1.50"]
 
 
-def test_skew_table_without_uniform(report):
-    table = rows(report.skew_table([HEAD | {"cells": [cell("one", 1.0, 0.8, 1.0, 300)]}]))
+def test_skew_table_without_uniform(tables):
+    table = rows(tables.skew_table([HEAD | {"cells": [cell("one", 1.0, 0.8, 1.0, 300)]}]))
     assert table[1][6] == "-"
 
 
-def test_stages_table(report):
+def test_stages_table(tables):
     gemm = {"us": 10.0, "tflops": 640.0, "of_cublas": 0.8, "of_limit": 0.9, "bound": "flops"}
     stages = {"up": gemm, "down": gemm, "op_over_stages": 1.06}
     sorted_stages = stages | {"route": {"us": 3.0}, "combine": {"us": 4.0, "gbs": 3800.0, "of_stream": 0.95}}
@@ -159,16 +164,16 @@ def test_stages_table(report):
         cell("uniform", 1.0, 0.8, 1.0, 300, stages=stages),
         cell("uniform", 1.0, 0.8, 1.0, 300),
     ]
-    table = rows(report.stages_table(HEAD | {"cells": cells}))
+    table = rows(tables.stages_table(HEAD | {"cells": cells}))
     assert len(table) == 1 + 2 * 2
     assert table[1][3:] == [
         "tma pingpong", "3.0", "10.0", "640", "0.80", "0.90", "10.0", "640", "0.80", "0.90", "4.0", "0.95", "1.06",
     ]  # fmt: skip
     assert table[3][4] == table[3][-2] == "-"
-    assert len(rows(report.stages_table(json.loads(EAGER.read_text())))) == 1
+    assert len(rows(tables.stages_table(json.loads(EAGER.read_text())))) == 1
 
 
-def test_stages_table_of_a_format(report):
+def test_stages_table_of_a_format(tables):
     gemm = {"us": 10.0, "tflops": 640.0, "of_cublas": 0.8, "of_limit": 0.9, "bound": "flops"}
     scaled = gemm | {"of_scaled_mm": 0.4}
     stages = {"up": scaled, "down": scaled, "op_over_stages": 1.06}
@@ -176,7 +181,7 @@ def test_stages_table_of_a_format(report):
     cells = [cell("uniform", 1.0, 0.8, 1.0, 300, stages=which) for which in (quantized, stages)]
     for one in cells:
         one["scaled_mm_tflops"] = 1600.0
-    table = rows(report.stages_table(HEAD | {"format": "fp8_block", "cells": cells}))
+    table = rows(tables.stages_table(HEAD | {"format": "fp8_block", "cells": cells}))
     assert table[0][4:7] == ["quantize us", "quantize of stream", "route us"] and "up of scaled mm" in table[0]
     assert table[1][4:] == [
         "2.0", "0.50", "3.0", "10.0", "640", "0.80", "0.90", "0.40", "10.0", "640", "0.80", "0.90", "0.40", "-", "-",
@@ -184,10 +189,90 @@ def test_stages_table_of_a_format(report):
     ]  # fmt: skip
     assert table[3][4:7] == ["-", "-", "-"]
     cells = [cell("uniform", 1.0, 0.8, 1.0, 300, stages={"up": gemm, "down": gemm}) | {"scaled_mm_tflops": None}]
-    assert "quantize us" not in rows(report.stages_table(HEAD | {"format": "int4", "cells": cells}))[0]
+    assert "quantize us" not in rows(tables.stages_table(HEAD | {"format": "int4", "cells": cells}))[0]
+
+
+def test_tables_that_benchmarks_write_as_rows(tables):
+    record = HEAD | {"columns": ["shape", "M", "up alone us", "topk_route us", "ratio", "aim"]}
+    lines = tables.rows_table(record | {"rows": [["toy", 64, 12.34, 3.456, 2.04, 5.0]]})
+    assert rows(lines)[1] == ["toy", "64", "12", "3.46", "2.0", "5"]
+
+
+def test_weights_side_by_side(tables):
+    whole = HEAD | {"cells": [cell("uniform", 1.0, 0.5, 1.0, 300)]}
+    other = cell("uniform", 0.25, 0.125, 1.0, 300) | {"tokens": 7}
+    int8 = HEAD | {"format": "int8_weights", "cells": [cell("uniform", 0.5, 0.25, 1.0, 300), other]}
+    int4 = HEAD | {"format": "int4", "cells": int8["cells"][:1]}
+    table = rows(tables.weights_table(whole, int8, int4))
+    assert table[0] == ["shape", "M", "bf16 ms", "int8 ms", "of limit", "int4 ms", "of limit"]
+    assert table[1] == ["toy", "100", "1.0000", "0.5000", "0.50", "0.5000", "0.50"]
+    assert table[2] == ["toy", "7", "-", "0.2500", "0.50", "-", "-"]
+
+
+def test_behind_is_said(tables):
+    peers = load_peers(PEERS)
+    ours = json.loads(WHOLE.read_text())
+    behind = next(line for line in tables.peers_table(ours, peers) if "Behind" in line)
+    assert "gpt-oss-20b at 16384 (0.964)" in " ".join(behind.split())
+    for one in ours["cells"]:
+        one["ms"]["tma"] /= 2
+    assert not any("Behind" in line for line in tables.peers_table(ours, peers))
+
+
+# The docs.
+
+
+def test_the_docs_are_what_the_results_give(report, capsys):
+    """What this finds, `python benchmarks/report.py docs` mends."""
+    report.main(["docs", "--check"])
+    assert capsys.readouterr().out.strip() == ""
+
+
+@pytest.fixture
+def pages(report, monkeypatch, tmp_path):
+    """A page of two parts, and the results of two runs."""
+    pages = importlib.import_module("result_pages")
+    names = {"ROOT": tmp_path, "RESULTS": tmp_path / "results", "IMAGES": tmp_path, "PAGES": ("page.md",)}
+    for name, value in names.items():
+        monkeypatch.setattr(pages, name, value)
+    (tmp_path / "results").mkdir()
+    for prefix, device in (("2026-01-01-h100", "Old GPU"), ("2026-02-02-h200", "New GPU")):
+        record = HEAD | {"device": device, "columns": ["a"], "rows": [["b"]]}
+        (tmp_path / "results" / f"{prefix}-step.json").write_text(json.dumps(record))
+    part = "<!-- {}: rows 2026-01-01-h100-{}.json -->\nas it was\n<!-- end -->\n"
+    text = "".join(part.format(*words) for words in (("current", "step"), ("recorded", "step"), ("current", "gone")))
+    (tmp_path / "page.md").write_text(f"above\n{text}below\n")
+    return pages
+
+
+def test_pages_are_made_anew(pages):
+    assert len(pages.outdated()) == 2
+    assert pages.rewrite() == [Path("page.md")] and pages.outdated() == [] and pages.rewrite() == []
+    text = (pages.ROOT / "page.md").read_text()
+    assert text.count("Old GPU") == 2 and text.count("as it was") == 1
+    assert text.startswith("above\n<!-- current: rows") and text.endswith("<!-- end -->\nbelow\n")
+
+
+def test_pages_go_on_to_a_newer_run(pages):
+    pages.rewrite("2026-02-02-h200")
+    first, second, third, _ = (pages.ROOT / "page.md").read_text().split("<!-- end -->")
+    assert "2026-02-02-h200-step.json" in first and "New GPU" in first
+    assert "2026-01-01-h100-step.json" in second and "Old GPU" in second
+    assert "2026-01-01-h100-gone.json" in third and "as it was" in third
+    with pytest.raises(SystemExit, match=r"no results 2027-01-01-h100-\*"):
+        pages.rewrite("2027-01-01-h100")
 
 
 # Plots.
+
+
+def test_the_picture_has_every_peer(report, capsys, tmp_path):
+    pytest.importorskip("matplotlib")
+    report.main(["picture", str(WHOLE), str(PEERS), str(tmp_path / "all.png")])
+    assert (tmp_path / "all.png").read_bytes().startswith(b"\x89PNG")
+    styles = dict(importlib.import_module("result_picture")._styles(load_peers(PEERS)))
+    assert set(styles) == {name for one in load_peers(PEERS)["cells"] for name in one["ms"]}
+    assert len({(style["color"], style["linestyle"]) for style in styles.values()}) == len(styles)
 
 
 @pytest.mark.parametrize(("file", "peers"), [(WHOLE, [str(PEERS)]), (WHOLE, []), (EAGER, [])], ids=lambda value: "")

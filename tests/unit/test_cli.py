@@ -1,6 +1,5 @@
-"""`python -m moe_ops env | explain | doctor`, models, and what `bench` writes, without a GPU."""
+"""`python -m moe_ops`: its arguments, explain, and the models it knows, without a GPU."""
 
-import csv
 import json
 import os
 import subprocess
@@ -9,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from moe_ops.cli import doctor, env, explain, export, main, output
+from moe_ops.cli import explain, main
 from moe_ops.cli.calls import SHAPES
 from moe_ops.cli.formats import FORMATS
 from moe_ops.cli.known import ARCHITECTURES, CARDS, known_card, like
@@ -21,35 +20,11 @@ from moe_ops.problem import make_problem
 from moe_ops.tuning import lookup
 from moe_ops.tuning.bucket import Bucket
 from moe_ops.tuning.table import Entry, Table, dump_table
+from tests.command import error_of, output_of
 from tests.unit.test_house import ROOT
 
 COMMANDS = ("env", "explain", "doctor", "bench")
-
-
-@pytest.fixture(autouse=True)
-def _without_a_gpu(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.delenv("MOE_OPS_CONFIG_DIR", raising=False)
-    lookup.forget()
-
-
-def error_of(capsys, *arguments: str) -> str:
-    """The one line that wrong arguments give."""
-    try:
-        status = main(arguments)
-    except SystemExit as exit:
-        status = exit.code
-    captured = capsys.readouterr()
-    assert status == 2 and captured.out == ""
-    assert captured.err.count("\n") == 1 and captured.err.startswith(f"python -m moe_ops {arguments[0]}: error: ")
-    return captured.err
-
-
-def output_of(capsys, *arguments: str, status: int = 0) -> str:
-    assert main(arguments) == status
-    captured = capsys.readouterr()
-    assert captured.err == ""
-    return captured.out
+pytestmark = pytest.mark.usefixtures("without_a_gpu")
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -256,167 +231,3 @@ def test_config_files_of_other_models(capsys, tmp_path, change, words):
     file = tmp_path / "config.json"
     file.write_text(json.dumps({**CONFIGS["qwen"], **change}))
     assert words in error_of(capsys, "explain", "--model", str(file))
-
-
-# Env and doctor.
-
-
-def test_env(capsys):
-    record = json.loads(output_of(capsys, "env", "--json"))
-    assert record["versions"]["torch"] == torch.__version__ and record["device"]["name"] == "cpu"
-    assert record["paths"]["cpu"] is None and "move them to a CUDA device" in record["paths"]["classic"]
-    text = output_of(capsys, "env")
-    assert "versions" in text and "paths and kernels" in text
-
-
-def test_env_says_why_paths_are_not_there():
-    from moe_ops.cli.env import paths
-
-    on = {name: paths(known_card(name).device) for name in ("a100", "h200", "b200")}
-    assert on["h200"]["tma"] is on["h200"]["tma, pingpong"] is on["h200"]["tma, blockscaled"] is None
-    assert "TMA needs 9.0" in on["a100"]["tma"] and on["a100"]["classic"] is None
-    assert on["b200"]["tma"] is None and "wgmma is 9.x alone" in on["b200"]["tma, pingpong"]
-
-
-def test_doctor_finds_nothing_broken(capsys):
-    findings = json.loads(output_of(capsys, "doctor", "--json"))
-    states = {finding["check"]: finding["state"] for finding in findings}
-    assert states["torch"] == states["small call, cpu"] == states["settings"] == "ok"
-    assert "what to do" in output_of(capsys, "doctor")
-
-
-def break_settings(monkeypatch, tmp_path):
-    monkeypatch.setenv("MOE_OPS_BATCH_INVARIANT", "perhaps")
-
-
-def break_config_dir(monkeypatch, tmp_path):
-    monkeypatch.setenv("MOE_OPS_CONFIG_DIR", str(tmp_path / "nowhere"))
-
-
-def break_table(monkeypatch, tmp_path):
-    (tmp_path / "sm_90").mkdir()
-    (tmp_path / "sm_90" / "E=1,H=1.json").write_text("{")
-    monkeypatch.setenv("MOE_OPS_CONFIG_DIR", str(tmp_path))
-
-
-def break_torch(monkeypatch, tmp_path):
-    monkeypatch.setattr(torch, "__version__", "2.9.1+cpu")
-
-
-def break_triton(monkeypatch, tmp_path):
-    monkeypatch.setattr(doctor, "triton_facts", lambda: ("3.1.0", False))
-
-
-def break_cache(monkeypatch, tmp_path):
-    knobs = pytest.importorskip("triton").knobs
-    (tmp_path / "file").touch()
-    monkeypatch.setattr(knobs.cache, "dir", str(tmp_path / "file" / "cache"))
-
-
-def break_driver(monkeypatch, tmp_path):
-    (tmp_path / "version").touch()
-    monkeypatch.setattr(doctor, "DRIVER_FILE", tmp_path / "version")
-
-
-def test_driver_version(monkeypatch, tmp_path):
-    monkeypatch.setattr(env, "DRIVER_FILE", tmp_path / "version")
-    assert env.driver_version() is None
-    line = "NVRM version: NVIDIA UNIX x86_64 Kernel Module  580.95.05  Tue Sep 23 10:11:16 UTC 2025\n"
-    (tmp_path / "version").write_text(line)
-    assert env.driver_version() == "580.95.05"
-
-
-def break_the_op(monkeypatch, tmp_path):
-    import moe_ops
-
-    monkeypatch.setattr(moe_ops, "fused_moe", lambda x, *_, **__: x)
-
-
-BREAKS = {
-    "settings": (break_settings, "MOE_OPS_BATCH_INVARIANT is 'perhaps'"),
-    "config-dir": (break_config_dir, "unset MOE_OPS_CONFIG_DIR"),
-    "table": (break_table, "E=1,H=1.json"),
-    "torch": (break_torch, "install torch>=2.11"),
-    "triton": (break_triton, "install triton>=3.6"),
-    "cache": (break_cache, "TRITON_CACHE_DIR"),
-    "driver": (break_driver, "an NVIDIA driver is loaded"),
-    "op": (break_the_op, "wrong result"),
-}
-
-
-@pytest.mark.parametrize(("breaks", "words"), BREAKS.values(), ids=BREAKS)
-def test_doctor_finds_what_is_broken(capsys, monkeypatch, tmp_path, breaks, words):
-    breaks(monkeypatch, tmp_path)
-    findings = json.loads(output_of(capsys, "doctor", "--json", status=1))
-    broken = [finding for finding in findings if finding["state"] == "broken"]
-    # What the environment breaks, the small call meets too.
-    assert len(broken) == (2 if breaks is break_settings else 1)
-    assert words in str(broken[0]) and broken[0]["cure"]
-
-
-# Output.
-
-
-def test_tables_on_a_terminal_and_without_rich(capsys, monkeypatch):
-    rows = [(1, "[red]x[/red]", None), (22, "y", 2.5)]
-    output.show_table("title", ("a", "b", "c"), rows)
-    plain = capsys.readouterr().out
-    assert plain == "title\na   b             c\n1   [red]x[/red]  -\n22  y             2.5\n"
-    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
-    with monkeypatch.context() as patch:
-        patch.setitem(sys.modules, "rich.table", None)
-        output.show_table("title", ("a", "b", "c"), rows)
-    assert capsys.readouterr().out == plain
-    pytest.importorskip("rich")
-    output.show_table("title", ("a", "b", "c"), rows)
-    rich = capsys.readouterr().out
-    assert rich != plain and "[red]x[/red]" in rich and "2.5" in rich
-
-
-RECORD = {
-    "device": "H200", "dtype": "bfloat16", "format": "int4", "torch": "2.11", "triton": "3.6", "date": "2026-11-26",
-    "cells": [
-        {
-            "shape": "s", "routing": "uniform", "tokens": tokens, "ms": {"tma": 2.0, "classic": None},
-            "spread_ms": {"tma": [1.5, 3.0]}, "limit_ms": 1.0, "bound": "bytes",
-        }
-        for tokens in (1, 64)
-    ],
-}  # fmt: skip
-
-
-def test_csv(tmp_path):
-    export.write_csv(RECORD, tmp_path / "out.csv")
-    with open(tmp_path / "out.csv", newline="") as stream:
-        rows = list(csv.DictReader(stream))
-    assert len(rows) == 4 and rows[0] == {
-        "device": "H200", "dtype": "bfloat16", "format": "int4", "shape": "s", "routing": "uniform", "tokens": "1",
-        "variant": "tma", "ms": "2.0", "lowest_ms": "1.5", "highest_ms": "3.0", "limit_ms": "1.0", "bound": "bytes",
-    }  # fmt: skip
-    assert rows[1]["ms"] == ""
-
-
-def test_markdown(tmp_path):
-    export.write_markdown(RECORD, tmp_path / "out.md")
-    lines = (tmp_path / "out.md").read_text().splitlines()
-    assert lines[0] == "H200, torch 2.11, triton 3.6, 2026-11-26, bfloat16, int4."
-    assert lines[2:] == [
-        "| shape | routing | M | tma ms | classic ms | limit ms | bound |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-        "| s | uniform | 1 | 2.0000 | - | 1.0000 | bytes |",
-        "| s | uniform | 64 | 2.0000 | - | 1.0000 | bytes |",
-    ]
-
-
-def test_compare(tmp_path):
-    before = {**RECORD, "cells": [{**cell, "ms": {"tma": 4.0 / cell["tokens"]}} for cell in RECORD["cells"]]}
-    (tmp_path / "before.json").write_text(json.dumps(before))
-    text = export.compare(export.load_record(tmp_path / "before.json"), RECORD)
-    assert text.splitlines()[0] == "compared with H200, bfloat16, 2026-11-26"
-    assert text.splitlines()[2].split() == ["s", "uniform", "1", "tma", "4.0000", "2.0000", "0.500"]
-    assert text.endswith("geometric mean of now / before: tma 4.000")
-    assert "across devices" in export.compare({**before, "device": "H100"}, RECORD)
-    assert "none of these cells" in export.compare({**before, "cells": []}, RECORD)
-    (tmp_path / "other.json").write_text('{"device": "H200"}')
-    with pytest.raises(ValueError, match="lacks dtype, cells"):
-        export.load_record(tmp_path / "other.json")

@@ -1,0 +1,60 @@
+"""The kernels of expert parallelism in Triton's interpreter, against their definition in torch: bit for bit."""
+
+from contextlib import nullcontext
+
+import pytest
+import torch
+
+from moe_ops import exchange
+from moe_ops.backends import exchange as backend
+from moe_ops.exchange import NO_ROOM
+from moe_ops.testing import poisoned_memory, sanitized
+from tests.exchange import QUANTIZED, RANKS, TABLES, check_packed, draw, pack_arguments
+
+# The interpreter's NumPy says so of NaN and infinities, which are meant.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+
+
+@pytest.mark.parametrize("capacity", [0, 3, 64])
+@pytest.mark.parametrize(("num_tokens", "top_k"), [(1, 1), (13, 4), (70, 8), (0, 2)])
+def test_place(num_tokens, top_k, capacity):
+    _, _, ids = draw(num_tokens, top_k)
+    with sanitized(), poisoned_memory():
+        got = backend.place_rows(ids, *TABLES, RANKS, capacity)
+    for actual, expected in zip(got, exchange.place_rows(ids, *TABLES, RANKS, capacity), strict=True):
+        assert actual.dtype == torch.int32 and torch.equal(actual, expected)
+
+
+def test_a_token_goes_to_a_rank_once():
+    ids = torch.tensor([[1, 2, 0, 5], [0, 0, 3, 9], [2**40, -1, 1, 1]])
+    ranks, local, rows, counts = backend.place_rows(ids, *TABLES, RANKS, 0)
+    assert ranks.tolist() == [[0, 0, 2, 0], [2, 2, 2, -1], [-1, -1, 0, 0]]
+    assert local.tolist() == [[0, 1, 1, 2], [1, 1, 0, -1], [-1, -1, 0, 0]]
+    assert rows.tolist() == [[0, -1, 2, -1], [3, -1, -1, -1], [-1, -1, 1, -1]] and counts.tolist() == [2, 0, 2]
+    rows = backend.place_rows(ids, *TABLES, RANKS, 1)[2]
+    assert rows.tolist() == [[0, -1, 2, -1], [NO_ROOM, -1, -1, -1], [-1, -1, NO_ROOM, -1]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("form", QUANTIZED)
+@pytest.mark.parametrize("capacity", [None, 0, 3, 16])
+def test_pack(capacity, form, dtype):
+    """All ways of laying out rows: every token once (None), uneven splits (0), room to spare and too little of it."""
+    arguments = pack_arguments(capacity, form, dtype)
+    # The sanitizer knows a memory by one dtype, and the words of a row are 32 bits beside values of any size.
+    with sanitized() if arguments[-2].itemsize == 4 else nullcontext(), poisoned_memory():
+        payload = backend.pack_rows(*arguments)
+    check_packed(payload, arguments)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_combine(dtype):
+    _, _, ids = draw(13, 5)
+    rows = exchange.place_rows(ids, *TABLES, RANKS, 4)[2]
+    assert (rows == NO_ROOM).any()
+    back = torch.randn(RANKS * 4, 136).to(dtype)
+    with sanitized(), poisoned_memory():
+        got = backend.combine_rows(back, rows, dtype)
+    expected = exchange.combine_rows(back, rows, dtype)
+    torch.testing.assert_close(got, expected, rtol=0, atol=0, equal_nan=True)
+    assert backend.combine_rows(back, rows[:0], dtype).shape == (0, 136)

@@ -1,0 +1,156 @@
+"""benchmarks/release.sh: its steps, its limits, and that it goes on where it ended. Python only pretends here."""
+
+import json
+import os
+import re
+import subprocess
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from moe_ops.cli import make_parser
+from tests.checkout import ROOT
+
+SCRIPT = ROOT / "benchmarks" / "release.sh"
+# Answers the look for a device, writes the file behind --json, and fails or hangs in the steps it is told to.
+PRETENDER = """#!/bin/bash
+echo "$*" >>"$CALLS"
+if [[ $1 == -c ]]; then [[ $2 == *get_device_name* ]] && echo "${DEVICE:-h100 1}" || echo "a card"; exit 0; fi
+while (($#)); do
+    if [[ $1 == --json ]]; then file=$2; fi
+    shift
+done
+[[ $file != *"-$FAILS.partial.json" ]] || { echo broken; exit 3; }
+[[ $file != *"-$HANGS.partial.json" ]] || sleep 60
+echo '{"cells": []}' >"$file"
+"""
+
+
+@pytest.fixture
+def run(tmp_path):
+    python = tmp_path / "python"
+    python.write_text(PRETENDER)
+    python.chmod(0o755)
+
+    def release(*arguments: str, **variables: str) -> subprocess.CompletedProcess:
+        env = {**os.environ, "PYTHON": str(python), "CALLS": str(tmp_path / "calls"), "FAILS": "-", "HANGS": "-"}
+        return subprocess.run(
+            [str(SCRIPT), *arguments], env={**env, **variables}, capture_output=True, text=True, timeout=60
+        )
+
+    release.calls = tmp_path / "calls"
+    release.out = tmp_path / "out"
+    return release
+
+
+def steps(run) -> list[tuple[str, int, list[str]]]:
+    """(name, limit in seconds, command) of each step."""
+    done = run("--dry-run")
+    assert done.returncode == 0
+    return [(name, int(limit), words) for name, limit, _, *words in map(str.split, done.stdout.splitlines())]
+
+
+def test_steps_are_commands_that_can_be_parsed(run):
+    found = steps(run)
+    assert not run.calls.exists()
+    assert {"whole-op-bf16", "fp8-block", "fp8-channel", "int4", "mxfp4", "int8-weights", "skew-bf16", "eager-bf16",
+            "host-cost", "topk-route", "proof", "demo"} <= {name for name, _, _ in found}  # fmt: skip
+    for name, limit, (_, *words) in found:
+        assert 0 < limit <= 300, name
+        assert words[words.index("--json") + 1].endswith(f"-{name}.json")
+        if words[:2] == ["-m", "moe_ops"]:
+            make_parser().parse_args(words[2:])
+        else:
+            text = (ROOT / words[0]).read_text()
+            assert all(f'"{word}"' in text for word in words if word.startswith("--")), name
+
+
+def test_a_run_and_the_next_one(run):
+    done = run("--prefix", "now", str(run.out), FAILS="int4", DEVICE="h200 2")
+    assert done.returncode == 1 and "int4: FAILED after" in done.stdout and "(3)" in done.stdout
+    names = [name for name, _, _ in steps(run)]
+    results = {file.name for file in run.out.glob("*.json")}
+    assert {f"now-{name}.json" for name in names if name != "int4"} <= results and "now-int4.json" not in results
+    with tarfile.open(run.out / "now.tar.gz") as tar:
+        assert {"now-whole-op-bf16.json", "now-int4.log", "now-summary.txt"} <= set(tar.getnames())
+    before = run.calls.read_text().count("--json")
+    again = run("--prefix", "now", str(run.out), DEVICE="h200 2")
+    assert again.returncode == 0 and again.stdout.count("done before") == 2 * (len(names) - 1)
+    assert run.calls.read_text().count("--json") == before + 1
+
+
+def test_a_step_has_a_limit(run, tmp_path):
+    """The limits are seconds: one is made short."""
+    text = SCRIPT.read_text()
+    assert "step host-cost 30 " in text
+    copy = tmp_path / "benchmarks" / "release.sh"
+    copy.parent.mkdir()
+    copy.write_text(text.replace("step host-cost 30 ", "step host-cost 1 "))
+    env = {
+        **os.environ,
+        "PYTHON": str(tmp_path / "python"),
+        "CALLS": str(run.calls),
+        "FAILS": "-",
+        "HANGS": "host-cost",
+    }
+    done = subprocess.run(
+        ["bash", str(copy), "--only", "host-cost", str(run.out)], env=env, capture_output=True, text=True, timeout=30
+    )
+    assert done.returncode == 1 and "host-cost: FAILED" in done.stdout and "its limit of 1 s" in done.stdout
+
+
+def test_device_names_the_files(run):
+    done = run("--only", "demo,proof", str(run.out))
+    assert done.returncode == 0
+    names = {file.name for file in run.out.glob("*.json")}
+    assert len(names) == 2 and all(re.fullmatch(r"\d{4}-\d\d-\d\d-h100-(demo|proof)\.json", name) for name in names)
+
+
+def test_without_a_gpu(run):
+    done = run(str(run.out), DEVICE="cpu 0")
+    assert done.returncode == 2 and "--dry-run and --quick go without" in done.stderr
+    done = run("--quick", str(run.out), DEVICE="cpu 0")
+    assert done.returncode == 0 and "whole-op-bf16: left out: it needs 1 GPU(s), and torch sees 0" in done.stdout
+    made = {file.name.split("-cpu-")[1] for file in run.out.glob("*.json")}
+    assert {"host-cost.json", "proof.json", "demo.json"} <= made and "whole-op-bf16.json" not in made
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--fast"], "--fast is not known"),
+        (["--only"], "--only needs a value"),
+        (["--minutes", "soon"], "--minutes is 'soon', expected a number above 0"),
+        (["--dry-run", "--only", "lunch"], "--only lunch: there is no such step; there are whole-op-bf16"),
+        (["--dry-run", "a", "b"], "one folder at most, got a and b"),
+    ],
+)
+def test_wrong_arguments(run, arguments, words):
+    done = run(*arguments)
+    assert done.returncode == 2 and words in done.stderr
+
+
+def test_results_are_whole():
+    """Every recorded file says on what, with what and when."""
+    for file in sorted((ROOT / "benchmarks" / "results").glob("*.json")):
+        record = json.loads(file.read_text())
+        facts = record.get("environment", record)
+        assert {"torch", "date"} <= set(facts), file.name
+        assert re.match(r"\d{4}-\d\d-\d\d", facts["date"]) and (facts.get("device") or facts.get("cpu")), file.name
+
+
+def test_what_pytest_says_is_counted(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import proof
+
+    said = "...\n= short =\nFAILED x\n1 failed, 12 passed, 3 skipped, 2 errors in 1.2s\n"
+    assert proof.counts(said) == {"failed": 1, "passed": 12, "skipped": 3, "error": 2}
+    assert proof.counts("nothing") == {}
+    assert all((ROOT / file).exists() for files in proof.FILES.values() for file in files)
+
+
+def test_python_folder_is_not_shadowed():
+    """Scripts of benchmarks/ import their neighbours by name: none has that of a package that they need."""
+    taken = {"torch", "triton", "json", "moe_ops", "pytest", "matplotlib", "tables", "statistics"}
+    assert not {file.stem for file in Path(ROOT / "benchmarks").glob("*.py")} & taken
