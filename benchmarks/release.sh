@@ -129,6 +129,9 @@ step int8-channel 60 1 "${bench[@]}" --format int8_channel --variant tma "${few[
 step eager-bf16 45 1 "${bench[@]}" --eager --tokens 1
 step host-cost 30 0 "$PYTHON" benchmarks/host_cost.py --json RESULT "${host[@]}"
 step topk-route 45 1 "$PYTHON" benchmarks/topk_route.py --json RESULT "${topk[@]}"
+tiles=(--common --variant heuristic --variant tuned --recorded benchmarks/results/2026-11-22-h200-peers-bf16.json)
+((quick)) && tiles=(--variant heuristic --variant tuned)
+step tiles-bf16 90 1 "${bench[@]}" "${tiles[@]}"
 step in-step 60 1 "$PYTHON" benchmarks/in_step.py --json RESULT "${rounds[@]}"
 step in-step-fp8 60 1 "$PYTHON" benchmarks/in_step.py --json RESULT --format fp8_block "${rounds[@]}"
 [[ ! -f benchmarks/end_to_end.py ]] || step end-to-end 120 $((1 - quick)) "$PYTHON" benchmarks/end_to_end.py --json RESULT "${model[@]}"

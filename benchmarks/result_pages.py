@@ -23,7 +23,7 @@ from moe_ops.cli.recorded import beside
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = ("README.md", *(f"docs/{name}.md" for name in ("benchmarks", "router")))
+PAGES = ("README.md", *(f"docs/{name}.md" for name in ("benchmarks", "router", "tuning")))
 IMAGES = ROOT / "docs" / "images"
 
 _PART = re.compile(r"^<!-- (current|recorded): (\w+) ([^>]+) -->\n(.*?)^<!-- end -->$", re.MULTILINE | re.DOTALL)
@@ -34,6 +34,8 @@ KINDS: dict[str, Callable[..., Iterable[str]]] = {
     "peers": tables.peers_table,
     "stages": lambda ours: tables.stages_table(ours, "tma"),
     "skew": lambda ours: tables.skew_table([ours]),
+    "tiles": tables.tiles_table,
+    "gains": lambda ours: ["![What tuned tiles gain over the heuristic's](images/bench-tiles.png)"],
     "eager": tables.eager_table,
     "weights": tables.weights_table,
     "rows": tables.rows_table,
@@ -44,6 +46,7 @@ KINDS: dict[str, Callable[..., Iterable[str]]] = {
 }
 # What else a part has: files of pictures.
 PICTURES = {
+    "gains": lambda ours: plots.plot_tiles(ours, IMAGES / "bench-tiles.png"),
     "picture": lambda ours, peers: draw(ours, peers, IMAGES / "latency-bf16.png"),
     "plots": lambda ours, peers: plots.plot(_with_peers(ours, peers), IMAGES),
 }

@@ -31,15 +31,22 @@ def plot(record: dict, folder: str | Path) -> list[Path]:
         file = Path(folder) / f"bench-{shape}-{routing}.png"
         _figure(record, f"{shape}, {routing} routing", cells).savefig(file, dpi=100)
         files.append(file)
+    if tiles := plot_tiles(record, Path(folder) / "bench-tiles.png"):
+        files.append(tiles)
+    return files
+
+
+def plot_tiles(record: dict, file: Path) -> Path | None:
+    """Writes a plot of what tuned tiles gain over the heuristic's; returns its path, None where a run has not both."""
     pairs = {
         (cell["shape"], cell["tokens"]): cell
         for cell in record["cells"]
         if cell.get("routing", "uniform") == "uniform" and cell["ms"].get("heuristic") and cell["ms"].get("tuned")
     }
-    if pairs:
-        files.append(Path(folder) / "bench-tiles.png")
-        _tiles_figure(record, pairs).savefig(files[-1], dpi=100)
-    return files
+    if not pairs:
+        return None
+    _tiles_figure(record, pairs).savefig(file, dpi=100)
+    return file
 
 
 def describe_dtype(record: dict) -> str:

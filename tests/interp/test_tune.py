@@ -1,5 +1,7 @@
 """The tuner's worker in Triton's interpreter: it races and verifies real tiles; clock and graphs are made up."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -37,6 +39,12 @@ def clock(monkeypatch):
     monkeypatch.setattr(harness.Captured, "__call__", lambda captured: captured.keep())
 
 
+@pytest.fixture
+def instant(monkeypatch):
+    """Calls that launch nothing."""
+    monkeypatch.setattr(worker, "forced", lambda args, path, tiles: lambda: torch.ones_like(args.hidden_states))
+
+
 @pytest.mark.parametrize("name", CALLS)
 def test_race_and_verification(name, clock):
     call, engine, events = CALLS[name], worker.Engine("cpu"), []
@@ -69,34 +77,35 @@ def test_tiles_that_cannot_be_are_an_error():
     assert events == [{"event": "begin", "index": 0}]
 
 
-def test_weights_of_two_shapes_stay(clock):
+def test_weights_of_two_shapes_stay(clock, instant):
     """Calls of two shapes take turns, and a third one takes the place of both."""
-    engine, calls = worker.Engine("cpu"), [CALLS[name] for name in ("none", "int4", "int8_channel")]
+    engine, calls = worker.Engine("cpu"), [replace(CALLS["none"], sizes=(e, 2, 128, 64)) for e in (4, 5, 6)]
     made = []
     make = engine._make_weights
-    engine._make_weights = lambda call: made.append(call.format) or make(call)
+    engine._make_weights = lambda call: made.append(call.sizes[0]) or make(call)
     for call in (calls[0], calls[1], calls[0], calls[1], calls[2], calls[0]):
         engine.answer(request("race", call, GOOD, rounds=1), lambda event: None)
-    assert made == ["none", "int4", "int8_channel", "none"]
+    assert made == [4, 5, 6, 4]
 
 
-def test_full_memory_makes_room(clock):
+def test_full_memory_makes_room(clock, instant):
     engine, tried = worker.Engine("cpu"), []
     make = engine._make_weights
 
     def full(call):
-        tried.append(call.format)
+        tried.append(call.sizes[0])
         if engine._weights:
             raise torch.OutOfMemoryError("full")
         return make(call)
 
     engine._make_weights = full
-    for name in ("none", "int4"):
-        engine.answer(request("race", CALLS[name], GOOD, rounds=1), lambda event: None)
-    assert tried == ["none", "int4", "int4"]
+    for experts in (4, 5):
+        call = replace(CALLS["none"], sizes=(experts, 2, 128, 64))
+        engine.answer(request("race", call, GOOD, rounds=1), lambda event: None)
+    assert tried == [4, 5, 5]
 
 
-def test_hopeless_candidates_are_timed_once(monkeypatch, clock):
+def test_hopeless_candidates_are_timed_once(monkeypatch, clock, instant):
     """Of many, those that one sample shows much slower get no more samples."""
     samples = []
 

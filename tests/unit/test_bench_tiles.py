@@ -1,9 +1,13 @@
 """`bench --variant heuristic --variant tuned`: what the two come to, in lines and in Markdown."""
 
+import json
+
 import pytest
 
+from moe_ops.cli import plots
 from moe_ops.cli.export import write_markdown
 from moe_ops.cli.table import tiles
+from tests.unit.test_bench_report import report  # noqa: F401  (a fixture)
 
 HEAD = {"device": "NVIDIA H100", "torch": "2.11", "triton": "3.6", "date": "2026-11-26", "dtype": "bfloat16"}
 
@@ -46,3 +50,22 @@ def test_markdown_has_all_three(tmp_path, recorded):
         assert cells["its ms, scaled"] == "2.0000" and cells["scaled / ours |"] == "2.000 |"
     assert text.startswith("NVIDIA H100, torch 2.11, triton 3.6, 2026-11-26, bfloat16.\n")
     assert "\nThe heuristic's tiles take at most 10% longer" in text
+
+
+def test_the_report_shows_the_calls_that_peers_were_recorded_in(report, tmp_path, capsys):  # noqa: F811
+    best = {"name": "vLLM 0.22.1", "ms": 1.5, "scaled_ms": 2.0}
+    cells = [cell(1.1, 1.0, "table", recorded=best), cell(1.0, 1.0, recorded=None)]
+    file = tmp_path / "tiles.json"
+    file.write_text(json.dumps({**HEAD, "cells": cells}))
+    report.main(["tiles", str(file)])
+    text = capsys.readouterr().out
+    assert text.count("| olmoe-1b-7b |") == 1 and "vLLM 0.22.1" in text
+    assert "in 2 of 2 cells" in text  # what it comes to is said of all
+
+
+@pytest.mark.skipif(not plots.available(), reason="matplotlib is not installed")
+def test_plot(tmp_path):
+    cells = [cell(1.19, 1.0, "table"), cell(1.0, 1.0) | {"tokens": 64}, cell(1.0, None) | {"tokens": 256}]
+    files = plots.plot({**HEAD, "cells": cells}, tmp_path)
+    assert [file.name for file in files] == ["bench-olmoe-1b-7b-uniform.png", "bench-tiles.png"]
+    assert all(file.stat().st_size > 10_000 for file in files)

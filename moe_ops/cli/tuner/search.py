@@ -94,14 +94,15 @@ class Search:
         self._margin, self._step = margin, step
         # Answers by key, of everything that was asked; and who waits for those that are on their way.
         self._answers: dict[str, Answer] = {}
-        self._awaited: dict[str, list[Callable[[], None]]] = {}
+        self._awaited: dict[str, list[Callable[[str], None]]] = {}
         # By `Call.gemms`: the search that is under way (None), or what it found.
         self._twins: dict[tuple, Found | None] = {}
+        # Calls whose search is under way.
+        self._active = 0
 
     def run(self, calls: Sequence[Call], found: Callable[[Found], None]) -> None:
         """Tunes calls, and says of each what was found as soon as it is."""
         waiting = deque(enumerate(calls))
-        self._active = 0
         while waiting or self._active:
             while waiting and self._active < _TOGETHER and (place := self._next(waiting)) is not None:
                 order, call = waiting[place]
