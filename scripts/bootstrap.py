@@ -36,7 +36,7 @@ CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 
 # Target: (level, extra, builds C++ while it runs). A .venv made for one level serves every target up to it.
 TARGETS = {
-    "lint": (1, "hf", False),
+    "lint": (2, "dev", False),
     "demo": (1, "hf", False),
     "examples": (1, "hf", True),
     "cpp": (1, "hf", True),

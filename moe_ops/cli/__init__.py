@@ -4,10 +4,10 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from moe_ops.cli import aot, bench, doctor, env, explain, tune
+from moe_ops.cli import aot, bench, doctor, env, explain, traffic, tune
 from moe_ops.cli.options import UsageError
 
-_COMMANDS = (env, explain, doctor, tune, bench, aot)
+_COMMANDS = (env, explain, doctor, tune, bench, aot, traffic)
 
 
 class _Parser(argparse.ArgumentParser):

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from moe_ops.api import explain, fused_moe
 from moe_ops.dispatch import Plan
 from moe_ops.env import LOGGER
+from moe_ops.integrations import expert_parallel
 from moe_ops.integrations.translate import biases_of, name_of, options_of, weights_of
 
 NAME = "moe_ops"
@@ -31,6 +32,9 @@ def register() -> None:
     DeepSeek-V4, and experts without a gate (SiLU, GELU or squared ReLU), in any weight layout, with or without
     biases, and experts of FP8 checkpoints with a scale for each [128, 128] (`weight_scale_inv`). Others run
     transformers' "grouped_mm" and log why. docs/models.md has the families.
+
+    Across ranks, `DistributedConfig(ep_implementation="moe_ops")` sends tokens by
+    `moe_ops.distributed.ExpertParallel`; transformers' own implementations run the op on each rank.
 
     Hidden states and weights must share a dtype, and there is no backward: train with "grouped_mm".
 
@@ -58,6 +62,7 @@ def register() -> None:
     ExpertsInterface.register(NAME, experts_forward)
     # FP8 checkpoints look the same name up in an interface of their own, and a missing name is a KeyError there.
     FP8ExpertsInterface.register(NAME, fp8_experts_forward)
+    expert_parallel.register()
 
 
 def experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -13,27 +13,31 @@ from moe_ops.arguments import Arguments
 from moe_ops.checks import require_name
 from moe_ops.devices import describe
 from moe_ops.dispatch import Plan, make_plan
+from moe_ops.nn.dtypes import keep_dtype
 from moe_ops.problem import GATE_UP_LAYOUTS, make_problem
 from moe_ops.quantization import FORMATS, quantize_weights
 from moe_ops.quantization.scheme import WEIGHT_DTYPES, Scheme, scale_block, scale_shape
 
-_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
+if TYPE_CHECKING:
+    from moe_ops.distributed import DistributedPlan, ExpertParallel
+
 _INT4_ZEROS, _INT8_ZERO, _E8M0_ONE = 0x88, 128, 127
 
 
-def keep_dtype(fn: Callable[[Tensor], Tensor], kept: Sequence[Tensor | None]) -> Callable[[Tensor], Tensor]:
-    """A function for `nn.Module._apply` that moves the given tensors as `fn` does, and leaves their dtype alone.
+def _expert_parallel(group: Any, num_experts: int) -> "ExpertParallel | None":
+    """What runs the experts of all ranks; None where there is one."""
+    if group is None:
+        return None
+    # Waits for its first use: modules of one process need no process group.
+    from moe_ops.distributed import ExpertParallel
 
-    `.to(dtype)` casts whatever counts as floating point, fp8 weights and scales included: of those it sees the bits.
-    """
-    ids = {id(tensor) for tensor in kept if tensor is not None}
-
-    def move(tensor: Tensor) -> Tensor:
-        if id(tensor) not in ids:
-            return fn(tensor)
-        return fn(tensor.view(_BITS[tensor.element_size()])).view(tensor.dtype)
-
-    return move
+    if not isinstance(group, ExpertParallel):
+        return ExpertParallel(group, num_experts)
+    if group.num_experts != num_experts:
+        raise ValueError(
+            f"num_experts is {num_experts}, but ep_group has a placement of {group.num_experts} experts; make it anew"
+        )
+    return group
 
 
 class FusedExperts(nn.Module):
@@ -66,6 +70,8 @@ class FusedExperts(nn.Module):
         routed_scaling_factor: as `moe_ops.fused_moe`.
         deterministic: as `moe_ops.fused_moe`.
         path: as `moe_ops.fused_moe`.
+        ep_group: the ranks that share the experts: a ProcessGroup, a DeviceMesh of one dimension, or an
+            `ExpertParallel`. The tensors then hold this rank's experts alone; see docs/distributed.md.
         device: of the tensors.
         dtype: of biases and unquantised weights; torch.get_default_dtype() by default.
 
@@ -112,6 +118,7 @@ class FusedExperts(nn.Module):
         routed_scaling_factor: float = 1.0,
         deterministic: bool = True,
         path: str = "auto",
+        ep_group: object | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -126,6 +133,8 @@ class FusedExperts(nn.Module):
         self.num_experts, self.hidden_size, self.intermediate_size = num_experts, hidden_size, intermediate_size
         self.activation, self.gate_up_layout = activation, gate_up_layout
         self.activation_alpha, self.activation_limit = activation_alpha, activation_limit
+        self.ep = _expert_parallel(ep_group, num_experts)
+        self.num_local_experts = num_experts if self.ep is None else len(self.ep.local_experts)
         self.quantization = quantization
         self.block_shape = None if block_shape is None else tuple(block_shape)
         self.apply_router_weight_on_input = apply_router_weight_on_input
@@ -137,7 +146,7 @@ class FusedExperts(nn.Module):
             weight, weight_dtype = shapes[which], WEIGHT_DTYPES.get(quantization, (dtype,))[0]
             values = torch.empty(weight, device=device, dtype=weight_dtype)
             setattr(self, which, nn.Parameter(values, requires_grad=quantization == "none"))
-            rows = torch.empty(num_experts, weight[1], device=device, dtype=dtype) if bias else None
+            rows = torch.empty(self.num_local_experts, weight[1], device=device, dtype=dtype) if bias else None
             self.register_parameter(f"{which}_bias", None if rows is None else nn.Parameter(rows))
             for name in (f"{which}_scale", f"{which}_zero_point"):
                 bytewise = name not in shapes or name.endswith("zero_point") or quantization == "mxfp4_w4a16"
@@ -161,12 +170,12 @@ class FusedExperts(nn.Module):
             if packed and k % 2:
                 size = "hidden_size" if which == "w1" else "intermediate_size"
                 raise ValueError(f"{size} is {k}, expected an even number: two weights share a byte")
-            shapes[which] = (self.num_experts, n, k // 2 if packed else k)
+            shapes[which] = (self.num_local_experts, n, k // 2 if packed else k)
             if self.quantization == "none":
                 continue
             scale_rows, scale_columns = scale_block(self.quantization, self.block_shape, per_tensor)
             scheme = Scheme(self.quantization, packed, scale_rows, scale_columns)
-            shape = scale_shape(scheme, self.num_experts, n, k)[0]
+            shape = scale_shape(scheme, self.num_local_experts, n, k)[0]
             shapes[f"{which}_scale"] = shape
             if zero_points:
                 if self.quantization not in ("int8_w8a16", "int4_w4a16") or scale_columns == 0:
@@ -175,7 +184,7 @@ class FusedExperts(nn.Module):
                         f"block_shape={self.block_shape} has none; leave it out, or pass 'int8_w8a16' or 'int4_w4a16' "
                         "and block_shape=(0, g)"
                     )
-                shapes[f"{which}_zero_point"] = (self.num_experts, -(-n // 2) if packed else n, shape[2])
+                shapes[f"{which}_zero_point"] = (self.num_local_experts, -(-n // 2) if packed else n, shape[2])
         return shapes
 
     @torch.no_grad()
@@ -203,7 +212,7 @@ class FusedExperts(nn.Module):
             hidden_states: [..., H], the dtype of the weights (quantised: bfloat16, float16 or float32).
             topk_weights: [..., top_k], any floating-point dtype.
             topk_ids: [..., top_k], int32 or int64.
-            expert_map: as `moe_ops.fused_moe`.
+            expert_map: as `moe_ops.fused_moe`; not with `ep_group`.
 
         Returns:
             [..., H], the dtype of `hidden_states`.
@@ -212,7 +221,8 @@ class FusedExperts(nn.Module):
             ValueError, TypeError: as `moe_ops.fused_moe`.
         """
         top_k = topk_ids.shape[-1]
-        out = fused_moe(
+        run = fused_moe if self.ep is None else self.ep.fused_moe
+        out = run(
             hidden_states.reshape(-1, hidden_states.shape[-1]), self.w1, self.w2, topk_weights.reshape(-1, top_k),
             topk_ids.reshape(-1, top_k), expert_map=expert_map, **self._tensors(), **self._options(),
         )  # fmt: skip
@@ -318,7 +328,7 @@ class FusedExperts(nn.Module):
             setattr(made, name, scale.detach())
         return made.train(module.training)
 
-    def explain(self, num_tokens: int, top_k: int) -> Plan:
+    def explain(self, num_tokens: int, top_k: int) -> "Plan | DistributedPlan":
         """Says how the op would run so many tokens; the module's repr then tells it, too. Runs nothing.
 
         Args:
@@ -326,7 +336,8 @@ class FusedExperts(nn.Module):
             top_k: experts of a token.
 
         Returns:
-            The `Plan`, for hidden states in the dtype of unquantised weights, or of biases, or else bfloat16.
+            The `Plan`, for hidden states in the dtype of unquantised weights, or of biases, or else bfloat16; with
+            `ep_group` a `moe_ops.distributed.DistributedPlan`.
 
         Raises:
             ValueError, TypeError: as `moe_ops.fused_moe`.
@@ -334,6 +345,14 @@ class FusedExperts(nn.Module):
         dtype = self.w1.dtype if self.quantization == "none" else torch.bfloat16
         if self.quantization != "none" and self.w1_bias is not None:
             dtype = self.w1_bias.dtype
+
+        if self.ep is not None:
+            like: dict[str, Any] = {"device": self.w1.device}
+            return self.ep.explain(
+                torch.empty(num_tokens, self.hidden_size, dtype=dtype, **like), self.w1, self.w2,
+                torch.empty(num_tokens, top_k, **like), torch.empty(num_tokens, top_k, dtype=torch.int32, **like),
+                **self._tensors(), **self._options(),
+            )  # fmt: skip
 
         def meta(like: Tensor) -> Tensor:
             return torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device="meta")
@@ -359,7 +378,9 @@ class FusedExperts(nn.Module):
 
     def extra_repr(self) -> str:
         """Sizes, format, device, and the plan that `explain` was last asked for."""
-        parts = [f"{self.num_experts} experts", f"hidden_size={self.hidden_size}"]
+        parts = [f"{self.num_local_experts} experts", f"hidden_size={self.hidden_size}"]
+        if self.ep is not None:
+            parts[0] += f" of {self.num_experts} experts, rank {self.ep.group.rank} of {self.ep.group.size}"
         parts += [f"intermediate_size={self.intermediate_size}", self.activation]
         if self.gate_up_layout != "concatenated":
             parts.append(self.gate_up_layout)

@@ -10,7 +10,8 @@ from torch.nn import functional
 from moe_ops.activations import ACTIVATIONS
 from moe_ops.api import topk_route
 from moe_ops.checks import require_name
-from moe_ops.nn.experts import FusedExperts, keep_dtype
+from moe_ops.nn.dtypes import keep_dtype
+from moe_ops.nn.experts import FusedExperts
 from moe_ops.reference import nonlinearity
 from moe_ops.router import make_router
 
@@ -100,6 +101,7 @@ class MoELayer(nn.Module):
         router_dtype: the logits are computed in this dtype; None: in that of the hidden states.
         shared_intermediate_size: I of the shared expert; None: there is none.
         shared_gate: the shared expert is weighted by the sigmoid of a Linear.
+        ep_group: as `FusedExperts`: the experts are spread over these ranks, and everything else is on all of them.
         device: of the tensors.
         dtype: of the parameters.
         **experts: options of `FusedExperts`: activation, bias, quantization, block_shape, path, ...
@@ -136,6 +138,7 @@ class MoELayer(nn.Module):
         router_dtype: torch.dtype | None = None,
         shared_intermediate_size: int | None = None,
         shared_gate: bool = False,
+        ep_group: object | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         **experts: Any,
@@ -155,7 +158,9 @@ class MoELayer(nn.Module):
             "routed_scaling_factor": routed_scaling_factor,
         }
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.experts = FusedExperts(num_experts, hidden_size, intermediate_size, **experts, **factory)
+        self.experts = FusedExperts(
+            num_experts, hidden_size, intermediate_size, ep_group=ep_group, **experts, **factory
+        )
         # What is wrong with the routing shows here, and not at the first token.
         make_router(torch.empty(0, num_experts, device="meta"), top_k, **self.routing)
         self.router = nn.Linear(hidden_size, num_experts, bias=router_bias, **factory)

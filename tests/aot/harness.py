@@ -92,9 +92,20 @@ def compiling(arch: int) -> Iterator[list]:
 
 
 def _forget_kernels() -> None:
-    from moe_ops.kernels import blockscaled, combine, gemv, grouped_gemm, pingpong, planes, quantize, route, topk
+    from moe_ops.kernels import (
+        blockscaled,
+        combine,
+        exchange,
+        gemv,
+        grouped_gemm,
+        pingpong,
+        planes,
+        quantize,
+        route,
+        topk,
+    )
 
-    for module in (blockscaled, combine, gemv, grouped_gemm, pingpong, planes, quantize, route, topk):
+    for module in (blockscaled, combine, exchange, gemv, grouped_gemm, pingpong, planes, quantize, route, topk):
         for value in vars(module).values():
             if isinstance(value, JITFunction):
                 value.device_caches.clear()

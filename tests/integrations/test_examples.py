@@ -123,3 +123,21 @@ def test_hf_generate_says_why_not():
     assert done.returncode == 2 and "'bert' is no family with transformers' experts interface" in done.stderr
     done = run(example, "qwen3_vl_moe")
     assert done.returncode == 1 and "qwen3_vl_moe has no model of text alone that generates" in done.stderr
+
+
+def test_expert_parallel():
+    example = ROOT / "examples" / "expert_parallel.py"
+    done = run(example, "--device", "cpu")
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = re.findall(r"^(\w+) +(\S+) experts on 2 x cpu: .* by (\S+) \(allowed: 1e-05\), ([\d,]+) tokens/s$",
+                      done.stdout, re.M)  # fmt: skip
+    assert [row[:2] for row in rows] == [("even", "3+3"), ("uneven", "4+2")]
+    assert all(float(difference) < 1e-5 and int(speed.replace(",", "")) > 0 for _, _, difference, speed in rows)
+    assert re.search(r"^24 tokens a rank go by (gather|alltoall): ", done.stdout, re.M)
+
+
+@in_full
+def test_expert_parallel_under_torchrun():
+    example = ROOT / "examples" / "expert_parallel.py"
+    done = run("-m", "torch.distributed.run", "--nproc-per-node", "2", example, "--device", "cpu")
+    assert done.returncode == 0 and "uneven" in done.stdout, done.stdout + done.stderr

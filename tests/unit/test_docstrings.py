@@ -11,13 +11,14 @@ from collections.abc import Iterator
 
 import pytest
 
+import moe_ops.distributed
 import moe_ops.integrations.transformers
 import moe_ops.nn
 import moe_ops.quantization
 import moe_ops.testing.strategies
 from tests.unit.test_house import FILES, module_name, short
 
-MODULES = [moe_ops, moe_ops.nn, moe_ops.quantization, moe_ops.testing]
+MODULES = [moe_ops, moe_ops.distributed, moe_ops.nn, moe_ops.quantization, moe_ops.testing]
 # Without an __all__: what users of them are told to call.
 NAMED = {moe_ops.testing.strategies: ("Call", "assert_result", "build", "calls", "formats")}
 NAMED |= {moe_ops.integrations.transformers: ("register",)}

@@ -17,7 +17,7 @@ MAX_LINES = 400
 # From the bottom up: a module imports from its own layer and from those below, and from nothing else of the package.
 LAYERS = (
     {"schema", "env", "devices", "activations", "arguments", "checks", "memory", "routing"},
-    {"problem", "quantization", "router"},
+    {"problem", "quantization", "router", "exchange"},
     {"reference"},
     {"tuning"},
     {"dispatch"},
@@ -34,7 +34,10 @@ BESIDE = {
 # What backends may have of dispatch: what was decided, and never the deciding.
 PLAN_NAMES = {"Plan", "row_stride"}
 # (module, group it imports in spite of its layer): only where the import waits for its first use.
-LAZY = {("registration", "backends"), ("tuning.tuner", "backends"), ("nn.experts", "integrations")}
+LAZY = {
+    ("registration", "backends"), ("tuning.tuner", "backends"), ("nn.experts", "integrations"),
+    ("nn.experts", "distributed"),
+}  # fmt: skip
 
 
 def module_name(file: Path) -> str:
@@ -50,7 +53,14 @@ def short(value) -> str:
 def imports(tree: ast.AST) -> Iterator[tuple[str, str, bool]]:
     """(module, imported name or "", inside a function) of every import."""
     inside = {id(node) for f in ast.walk(tree) if isinstance(f, ast.FunctionDef | ast.Lambda) for node in ast.walk(f)}
+    # What is there for type checkers alone is never imported.
+    types = {
+        id(node) for f in ast.walk(tree) if isinstance(f, ast.If) and dotted(f.test) == "TYPE_CHECKING"
+        for node in ast.walk(f)
+    }  # fmt: skip
     for node in ast.walk(tree):
+        if id(node) in types:
+            continue
         if isinstance(node, ast.Import):
             yield from ((alias.name, "", id(node) in inside) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):

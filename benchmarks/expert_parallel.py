@@ -1,0 +1,385 @@
+"""Expert parallelism on the GPUs of one host, beside one GPU: python benchmarks/expert_parallel.py [--json FILE]
+
+Every GPU has its share of the experts and M tokens of its own. Against it stands one GPU that has all experts: with all
+the tokens (W * M: the same work), and with M of them. All are timed in turns; a time is the median over the rounds of
+the slowest rank's. Printed for each shape and M:
+
+* whole: a call of each way, in a CUDA graph where one can hold it; `uneven` is the all-to-all with a host sync;
+* comm: its collectives alone, of the same sizes; experts: this rank's experts alone, on the rows that arrive; rest:
+  what is left, which is packing, summing, and what these cost beside each other;
+* speed-up: tokens per second of all GPUs over those of one that has W * M tokens, or M;
+* rule: the largest of error over bound, by the rule of correctness of one device (below 1: right), over the first
+  tokens of every rank; bits: whether a second call gave the same.
+
+First the collectives are timed for themselves, which gives the bandwidth and the latency that the cost model predicts
+with. NVLink multicast stays off. Without GPUs it runs with gloo and a tiny shape, to see that it does.
+"""
+
+import argparse
+import datetime
+import json
+import os
+import statistics
+import sys
+import time
+from pathlib import Path
+
+# Before NCCL starts.
+os.environ["NCCL_NVLS_ENABLE"] = "0"
+os.environ["TORCH_SYMM_MEM_DISABLE_MULTICAST"] = "1"
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+import torch.distributed as dist
+import triton
+
+import moe_ops
+from moe_ops.arguments import Arguments
+from moe_ops.distributed import ExpertParallel, Network, estimate
+from moe_ops.distributed.calls import Call
+from moe_ops.distributed.ops import ep_place
+from moe_ops.reference import fused_moe_reference
+from moe_ops.testing import emulate, errors
+
+# (E, top_k, H, I) of the published configurations.
+SHAPES = {"qwen3-30b-a3b": (128, 8, 2048, 768), "deepseek-v3": (256, 8, 7168, 2048), "tiny": (6, 2, 128, 64)}
+CUDA = torch.cuda.is_available()
+DEVICE = "cuda" if CUDA else "cpu"
+FORMATS = ("bf16", "fp8_block")
+SETS, CHECKED = 4, 48
+POOL = {}
+SIZES = [1 << n for n in (range(12, 29, 2) if CUDA else (12, 16))]
+
+
+def parse_args() -> argparse.Namespace:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES)[:2])
+    parser.add_argument("--formats", nargs="+", choices=FORMATS, default=["bf16"])
+    parser.add_argument("--tokens", type=int, nargs="+", default=[1, 64, 1024, 4096], help="M of each rank")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--gpus", type=int, default=None, help="(default: all)")
+    parser.add_argument("--json", type=Path, help="also write the numbers there, after every cell")
+    return parser.parse_args()
+
+
+def weights(experts: list[int], sizes: tuple[int, ...], form: str) -> dict[str, object]:
+    """Weights of some experts, each drawn from a seed of its own; as arguments of the op."""
+    _, _, hidden, intermediate = sizes
+    made = {"w1": [], "w2": []}
+    generator = torch.Generator(DEVICE)
+    for expert in experts:
+        generator.manual_seed(expert)
+        for name, shape in (("w1", (2 * intermediate, hidden)), ("w2", (hidden, intermediate))):
+            # As unit rows in bf16; in fp8 as numbers of the size of 1, with the rest in the scales.
+            drawn = torch.randn(shape, device=DEVICE, dtype=torch.bfloat16, generator=generator)
+            made[name].append(drawn.to(torch.float8_e4m3fn) if form == "fp8_block" else drawn.mul_(shape[1] ** -0.5))
+    stacked = {name: torch.stack(parts) for name, parts in made.items()}
+    if form == "fp8_block":
+        for name, weight in list(stacked.items()):
+            blocks = weight.shape[0], -(-weight.shape[1] // 128), -(-weight.shape[2] // 128)
+            stacked[f"{name}_scale"] = torch.full(blocks, weight.shape[2] ** -0.5, device=DEVICE)
+        stacked |= {"quantization": "fp8_w8a8", "block_shape": (128, 128)}
+    return stacked
+
+
+def inputs(rank: int, num_tokens: int, sizes: tuple[int, ...], index: int) -> tuple[torch.Tensor, ...]:
+    """Tokens, weights and experts of a rank; the same wherever they are drawn."""
+    generator = torch.Generator(DEVICE).manual_seed(1000 * index + rank)
+    options = {"device": DEVICE, "generator": generator}
+    x = torch.randn(num_tokens, sizes[2], **options).to(torch.bfloat16)
+    ids = torch.rand(num_tokens, sizes[0], **options).topk(sizes[1]).indices.to(torch.int32)
+    topk_weights = torch.rand(num_tokens, sizes[1], **options) + 0.1
+    return x, topk_weights / topk_weights.sum(1, keepdim=True), ids
+
+
+def captured(call, sets):
+    """A call on each set of inputs as a function of the set's number, in CUDA graphs that share their memory."""
+    if not CUDA:
+        return eager(call, sets)
+    pool = POOL.setdefault("pool", torch.cuda.graph_pool_handle())
+    graphs = []
+    for given in sets:
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            call(*given)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        # NCCL's watchdog asks for events meanwhile, on a thread of its own.
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+            call(*given)
+        graphs.append(graph)
+
+    # A graph keeps nothing alive that it reads: not the inputs, and not the tables of an `ExpertParallel`.
+    def replay(index, kept=(call, sets)):
+        graphs[index].replay()
+
+    return replay
+
+
+def eager(call, sets):
+    """The same without a graph."""
+    call(*sets[0])
+    return lambda index: call(*sets[index])
+
+
+def seconds(run, calls: int) -> float:
+    """Of one call on this rank, in a row of calls."""
+    dist.barrier()
+    if not CUDA:
+        begun = time.perf_counter()
+        for index in range(calls):
+            run(index % SETS)
+        return (time.perf_counter() - begun) / calls
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda.synchronize()
+    start.record()
+    for index in range(calls):
+        run(index % SETS)
+    end.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end) / calls / 1e3
+
+
+def time_all(runs: dict, rounds: int) -> dict[str, float]:
+    """Seconds of a call by name: the median over the rounds of the slowest rank's; None in `runs`: not this rank's."""
+    taken = {name: [] for name in runs}
+    for run in runs.values():
+        if run is not None:
+            run(0)
+    for _ in range(rounds):
+        for name, run in runs.items():
+            mine = torch.zeros(1, device=DEVICE)
+            if run is None:
+                dist.barrier()
+            else:
+                mine.fill_(seconds(run, 8))
+            dist.all_reduce(mine, dist.ReduceOp.MAX)
+            taken[name].append(mine.item())
+    return {name: statistics.median(values) for name, values in taken.items()}
+
+
+def network(rounds: int) -> tuple[dict, Network]:
+    """Times of collectives by their bytes, and what the cost model makes of them."""
+    size, group = dist.get_world_size(), dist.group.WORLD.group_name
+    ops = torch.ops._c10d_functional
+    table = {"all_to_all": {}, "all_gather": {}, "reduce_scatter": {}}
+    for nbytes in SIZES:
+        x = torch.zeros(size, nbytes // 4, device=DEVICE)
+        sets = [(x.clone(),) for _ in range(SETS)]
+        ones = [1] * size
+        runs = {
+            "all_to_all": captured(lambda x: ops.wait_tensor(ops.all_to_all_single(x, ones, ones, group)), sets),  # noqa: B023
+            "all_gather": captured(lambda x: ops.wait_tensor(ops.all_gather_into_tensor(x[0], size, group)), sets),
+            "reduce_scatter": captured(
+                lambda x: ops.wait_tensor(ops.reduce_scatter_tensor(x, "sum", size, group)), sets
+            ),
+        }
+        for name, taken in time_all(runs, rounds).items():
+            table[name][nbytes] = taken
+    # Bytes that leave a rank, over what they take beyond the least; the least itself is the latency.
+    sent = SIZES[-1] * (size - 1)
+    least = statistics.mean(times[SIZES[0]] for times in table.values())
+    most = statistics.mean(times[SIZES[-1]] for times in table.values())
+    return table, Network(bandwidth=sent / max(most - least, most / 10), latency=least)
+
+
+def rule(out: torch.Tensor, args: Arguments, found: dict) -> float:
+    """The largest of error over bound; the oracle and the emulator are computed once per cell."""
+    if not found:
+        found["reference"] = fused_moe_reference(args)
+        found["allowed"] = errors(emulate(args, round_up_projection=not CUDA), found["reference"])
+    got, allowed = errors(out, found["reference"]), found["allowed"]
+    sampling = 1 + 2 / out.numel() ** 0.5
+    return max(got.rms / (1.15 * sampling * allowed.rms), got.max / (2 * sampling * allowed.max))
+
+
+def cell(shape: str, form: str, num_tokens: int, mine: dict, whole: dict | None, net: Network, rounds: int) -> dict:
+    """All ways of one shape and M."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    experts, top_k, hidden, _ = SHAPES[shape]
+    sets = [inputs(rank, num_tokens, SHAPES[shape], index) for index in range(SETS)]
+    w = {name: mine[name] for name in ("w1", "w2")}
+    named = {name: value for name, value in mine.items() if name not in w}
+    ways = {
+        "gather": {"way": "gather", "max_tokens": num_tokens},
+        "gather 16-bit back": {"way": "gather", "max_tokens": num_tokens, "combine_dtype": torch.bfloat16},
+        "alltoall": {"way": "alltoall", "max_tokens": num_tokens},
+        "alltoall 16-bit back": {"way": "alltoall", "max_tokens": num_tokens, "combine_dtype": torch.bfloat16},
+        "alltoall uneven": {"way": "alltoall"},
+    }
+    runs, outputs, repeats, plans = {}, {}, {}, {}
+    for name, options in ways.items():
+        ep = ExpertParallel(None, experts, **options)
+
+        def call(x, topk_weights, ids, ep=ep):
+            return ep.fused_moe(x, w["w1"], w["w2"], topk_weights, ids, **named)
+
+        outputs[name] = call(*sets[0]).clone()
+        repeats[name] = torch.equal(call(*sets[0]), outputs[name])
+        plans[name] = ep.explain(sets[0][0], w["w1"], w["w2"], *sets[0][1:], **named)
+        runs[name] = (captured if options.get("max_tokens") else eager)(call, sets)
+        if name == "alltoall":
+            runs["alltoall eager"] = eager(call, sets)
+        runs |= parts(name, ep, w, named, sets)
+    everything = [[inputs(r, num_tokens, SHAPES[shape], index) for r in range(size)] for index in range(SETS)]
+    for label, ranks in (("one GPU, W * M", range(size)), ("one GPU, M", range(1))):
+        runs[label] = None
+        if whole is not None:
+            joined = [tuple(torch.cat([given[r][i] for r in ranks]) for i in range(3)) for given in everything]
+
+            def alone(x, topk_weights, ids):
+                more = {name: value for name, value in whole.items() if name not in w}
+                return moe_ops.fused_moe(x, whole["w1"], whole["w2"], topk_weights, ids, **more)
+
+            runs[label] = captured(alone, joined)
+    times = time_all(runs, rounds)
+    record = {"shape": shape, "format": form, "M": num_tokens, "seconds": times, "ways": {}}
+    found = {}
+    for name in ways:
+        gathered = [torch.empty_like(outputs[name]) for _ in range(size)]
+        dist.all_gather(gathered, outputs[name])
+        same = torch.tensor([repeats[name]], device=DEVICE, dtype=torch.int32)
+        dist.all_reduce(same, dist.ReduceOp.MIN)
+        if whole is not None:
+            some = slice(0, CHECKED)
+            tokens = [torch.cat([everything[0][r][i][some] for r in range(size)]) for i in range(3)]
+            args = Arguments(tokens[0], whole["w1"], whole["w2"], *tokens[1:],
+                             **{k: v for k, v in whole.items() if k not in w})  # fmt: skip
+            plan, traffic = plans[name], plans[name].traffic
+            back = plan.combine_dtype.itemsize
+            predicted = estimate(
+                plan.way, num_tokens, hidden_size=hidden, top_k=top_k, num_ranks=size,
+                row_bytes=round(traffic.out_bytes / traffic.rows), back_bytes=back, capacity=plan.capacity, network=net,
+            )  # fmt: skip
+            record["ways"][name] = {
+                "rule": rule(torch.cat([out[some] for out in gathered]), args, found),
+                "bits": bool(same.item()), "out_bytes": predicted.out_bytes, "back_bytes": predicted.back_bytes,
+                "predicted_comm": predicted.seconds, "op": plan.op.variant,
+            }  # fmt: skip
+    return record
+
+
+def parts(name: str, ep: ExpertParallel, w: dict, named: dict, sets: list) -> dict:
+    """The collectives of a way alone, and the experts alone, as runs; of ways that a graph holds."""
+    if ep.max_tokens is None:
+        return {}
+    x, topk_weights, ids = sets[0]
+    formats = ep._checked(x, w["w1"], w["w2"], topk_weights, ids, named)
+    call = Call(x, w["w1"], w["w2"], topk_weights, ids, formats=formats, ep=ep, arguments=named)
+    group, size, most = ep.group, ep.group.size, ep.max_tokens
+    even, rows = [most] * size, size * most
+    if ep.way == "gather":
+        payload = call.pack(None, most, 0)
+        arrived, expert_map = group.all_gather(payload, ""), ep.expert_map
+    else:
+        placed = ep_place(ids, ep.rank_of, ep.local_of, size, most)
+        payload = call.pack(placed, rows, most)
+        arrived, expert_map = group.all_to_all(payload, even, even, ""), None
+    partial = call.experts_on(arrived, expert_map)
+
+    def comm(payload, partial):
+        if ep.way == "gather":
+            return group.all_gather(payload, ""), group.reduce_scatter(partial, "")
+        return group.all_to_all(payload, even, even, ""), group.all_to_all(partial, even, even, "")
+
+    return {
+        f"{name}: comm": captured(comm, [(payload, partial)] * SETS),
+        f"{name}: experts": captured(lambda arrived: call.experts_on(arrived, expert_map), [(arrived,)] * SETS),
+    }
+
+
+def report(record: dict, size: int) -> None:
+    """Prints a cell."""
+    taken, num_tokens = record["seconds"], record["M"]
+    alone, small = taken["one GPU, W * M"], taken["one GPU, M"]
+    print(
+        f"\n{record['shape']}, {record['format']}, M = {num_tokens} on each of {size}: one GPU takes {alone * 1e6:.1f} "
+        f"us for {size * num_tokens} tokens, {small * 1e6:.1f} us for {num_tokens}"
+    )
+    columns = ("way", "whole us", "comm us", "predicted us", "share", "experts us", "rest us", "speed-up, W * M",
+               "speed-up, M", "rule", "bits")  # fmt: skip
+    print(f"| {' | '.join(columns)} |\n|" + " --- |" * len(columns))
+    for name, facts in record["ways"].items():
+        whole, predicted = taken[name], f"{facts['predicted_comm'] * 1e6:.1f}"
+        shares = ("-", predicted, "-", "-", "-")
+        if f"{name}: comm" in taken:
+            comm, experts = taken[f"{name}: comm"], taken[f"{name}: experts"]
+            rest = whole - comm - experts
+            shares = (
+                f"{comm * 1e6:.1f}",
+                predicted,
+                f"{comm / whole:.0%}",
+                f"{experts * 1e6:.1f}",
+                f"{rest * 1e6:.1f}",
+            )
+        row = (name, f"{whole * 1e6:.1f}", *shares, f"{alone / whole:.2f}", f"{small * size / whole:.2f}",
+               f"{facts['rule']:.2f}", "equal" if facts["bits"] else "DIFFER")  # fmt: skip
+        print(f"| {' | '.join(row)} |")
+    print(f"(alltoall without a graph: {taken['alltoall eager'] * 1e6:.1f} us)", flush=True)
+
+
+@torch.no_grad()
+def main(rank: int, options: argparse.Namespace, size: int, store: str) -> None:
+    """One rank."""
+    group = {"init_method": store, "rank": rank, "world_size": size, "timeout": datetime.timedelta(seconds=120)}
+    if CUDA:
+        torch.cuda.set_device(rank)
+        dist.init_process_group("nccl", device_id=torch.device("cuda", rank), **group)
+    else:
+        dist.init_process_group("gloo", **group)
+    table, net = network(options.rounds)
+    results = {
+        "device": torch.cuda.get_device_name() if CUDA else "CPU",
+        "gpus": size,
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "nccl": ".".join(map(str, torch.cuda.nccl.version())) if CUDA else None,
+        "date": str(datetime.date.today()),
+        "collectives": table,
+        "bandwidth": net.bandwidth,
+        "latency": net.latency,
+        "cells": [],
+    }
+    if rank == 0:
+        print(f"{size} x {results['device']}, torch {torch.__version__}, triton {triton.__version__}, NCCL "
+              f"{results['nccl']}, {results['date']}")  # fmt: skip
+        print("| bytes to each rank | " + " | ".join(f"{name} us" for name in table) + " | GB/s a rank sends |\n|" +
+              " --- |" * (len(table) + 2))  # fmt: skip
+        for nbytes in SIZES:
+            times = [times[nbytes] for times in table.values()]
+            rates = " / ".join(f"{nbytes * (size - 1) / one / 1e9:.0f}" for one in times)
+            print(f"| {nbytes} | " + " | ".join(f"{one * 1e6:.1f}" for one in times) + f" | {rates} |")
+        print(f"model: {net.bandwidth / 1e9:.0f} GB/s, {net.latency * 1e6:.1f} us a collective", flush=True)
+    for shape in options.shapes:
+        for form in options.formats:
+            experts = ExpertParallel(None, SHAPES[shape][0]).local_experts
+            mine = weights(list(experts), SHAPES[shape], form)
+            whole = weights(list(range(SHAPES[shape][0])), SHAPES[shape], form) if rank == 0 else None
+            for num_tokens in options.tokens:
+                start = time.monotonic()
+                record = cell(shape, form, num_tokens, mine, whole, net, options.rounds)
+                if rank == 0:
+                    report(record, size)
+                    print(f"({time.monotonic() - start:.1f} s)", flush=True)
+                    results["cells"].append(record)
+                    if options.json:
+                        options.json.write_text(json.dumps(results, indent=1) + "\n")
+            del mine, whole
+            if CUDA:
+                torch.cuda.empty_cache()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    options = parse_args()
+    if "RANK" in os.environ:  # torchrun
+        main(int(os.environ["LOCAL_RANK"]), options, int(os.environ["WORLD_SIZE"]), "env://")
+    else:
+        count = options.gpus or (torch.cuda.device_count() if CUDA else 2)
+        if count < 2:
+            raise SystemExit("it needs at least 2 GPUs")
+        file = f"file:///tmp/moe_ops_expert_parallel_{os.getpid()}"
+        torch.multiprocessing.spawn(main, (options, count, file), count)

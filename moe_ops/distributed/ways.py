@@ -1,0 +1,106 @@
+"""The ways of a call across ranks: what each sends, in which order, and where the host waits."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from moe_ops.distributed.calls import Call
+from moe_ops.distributed.ops import ep_combine, ep_place
+from moe_ops.exchange import read_rows
+
+_ANNOUNCE = "the all-to-all of the sizes"
+_OUT, _BACK = "the all-to-all of the tokens", "the all-to-all of the partial sums"
+
+
+def gather(call: Call, max_tokens: int) -> Tensor:
+    """All-gather of every rank's tokens, this rank's experts on all of them, reduce-scatter of the partial sums.
+
+    Args:
+        call: the call.
+        max_tokens: rows of each rank; the same on all.
+
+    Returns:
+        [M, H].
+    """
+    group = call.ep.group
+    arrived = group.all_gather(call.pack(None, max_tokens, 0), "the all-gather of the tokens")
+    partial = call.experts_on(arrived, call.ep.expert_map)
+    out = group.reduce_scatter(partial, "the reduce-scatter of the partial sums")
+    return out[: call.num_tokens].to(call.formats.out_dtype)
+
+
+def send_evenly(call: Call, capacity: int) -> tuple[Tensor, Tensor]:
+    """Each token to the ranks of its experts, `capacity` rows for each pair of ranks, and the partial sums back.
+
+    Args:
+        call: the call.
+        capacity: rows of each pair of ranks.
+
+    Returns:
+        [M, H], NaN where a token found no room; and the rows of all ranks that found none, int32 [].
+    """
+    group, size = call.ep.group, call.ep.group.size
+    placed = ep_place(call.topk_ids, call.ep.rank_of, call.ep.local_of, size, capacity)
+    even = [capacity] * size
+    arrived = group.all_to_all(call.pack(placed, size * capacity, capacity), even, even, _OUT)
+    lost = read_rows(arrived, call.formats.layout).lost[::capacity].sum()
+    back = group.all_to_all(call.experts_on(arrived), even, even, _BACK)
+    return ep_combine(back, placed[2], call.formats.out_dtype), lost
+
+
+def send_unevenly(call: Call, way: str | None = None) -> Tensor:
+    """The same with as many rows as there are: the ranks tell each other how many, and the host reads that.
+
+    Args:
+        call: the call.
+        way: "alltoall" or "auto"; None: the call's.
+
+    Returns:
+        [M, H].
+    """
+    ep, group, way = call.ep, call.ep.group, way or call.ep.way
+    size = group.size
+    placed = ep_place(call.topk_ids, ep.rank_of, ep.local_of, size, 0)
+    counts, ones = placed[3], [1] * size
+    mine = torch.stack([counts, torch.full_like(counts, call.num_tokens)], 1)
+    theirs = group.all_to_all(mine, ones, ones, _ANNOUNCE)
+    read = _read_back(torch.cat([mine, theirs], 1))
+    # The most rows there can be: a token goes to a rank once, and to no more ranks than it has slots.
+    bound = call.num_tokens * min(size, call.topk_ids.shape[1])
+    # Packed while the host waits, where it is known that it will be sent.
+    payload = call.pack(placed, bound, 0) if way == "alltoall" else None
+    table = read()
+    most = max(row[3] for row in table)
+    if most == 0:
+        return call.empty()
+    if way == "auto" and ep.choose(call.formats, most)[0] == "gather":
+        return gather(call, most)
+    if payload is None:
+        payload = call.pack(placed, bound, 0)
+    sent, received = [row[0] for row in table], [row[2] for row in table]
+    arrived = group.all_to_all(payload[: sum(sent)], received, sent, _OUT)
+    back = group.all_to_all(call.experts_on(arrived), sent, received, _BACK)
+    return ep_combine(back, placed[2], call.formats.out_dtype)
+
+
+def largest(call: Call) -> int:
+    """The largest M of all ranks; a host sync."""
+    mine = torch.full((1,), call.num_tokens, dtype=torch.int32, device=call.ep.group.device)
+    return max(call.ep.group.all_gather(mine, "the all-gather of the sizes").tolist())
+
+
+def _read_back(table: Tensor) -> Callable[[], list[list[int]]]:
+    """Starts to copy a tensor to the host; what is returned waits for that, and for nothing launched after it."""
+    if table.device.type != "cuda":
+        return table.tolist
+    host = torch.empty(table.shape, dtype=table.dtype, pin_memory=True)
+    host.copy_(table, non_blocking=True)
+    copied = torch.cuda.Event()
+    copied.record()
+
+    def read() -> list[list[int]]:
+        copied.synchronize()
+        return host.tolist()
+
+    return read
