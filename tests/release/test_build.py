@@ -20,9 +20,7 @@ import pytest
 
 import moe_ops
 from tests.checkout import ROOT, tracked_files
-
-# One process builds, and has all these tests.
-pytestmark = pytest.mark.xdist_group("release")
+from tests.shared import made_once
 
 NAME = f"moe_ops_tma-{moe_ops.__version__}"
 # What setuptools adds to an sdist.
@@ -43,6 +41,11 @@ def built(tmp_path_factory) -> Path:
     """A folder with the sdist, and the wheel that was made from the sdist."""
     if importlib.util.find_spec("build") is None:
         pytest.skip("build is not installed: pip install moe-ops-tma[dev]")
+    return made_once(tmp_path_factory, "dist", lambda out: build(out, tmp_path_factory))
+
+
+def build(out: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Builds both from a copy of the checkout."""
     checkout = tmp_path_factory.mktemp("checkout")
     for file in tracked_files():
         (checkout / file).parent.mkdir(parents=True, exist_ok=True)
@@ -51,10 +54,8 @@ def built(tmp_path_factory) -> Path:
     traps = tmp_path_factory.mktemp("traps")
     for module in ("torch", "triton", "moe_ops"):
         (traps / f"{module}.py").write_text(f"raise SystemExit('the build imports {module}')")
-    out = tmp_path_factory.mktemp("dist")
     environment = {**os.environ, "PYTHONPATH": str(traps), "PIP_NO_INDEX": "1"}
     run(sys.executable, "-m", "build", "--no-isolation", "--outdir", out, checkout, cwd=traps, env=environment)
-    return out
 
 
 @pytest.fixture(scope="session")

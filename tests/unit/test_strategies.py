@@ -1,10 +1,11 @@
 """The strategies draw calls that the op accepts, of every kind, and that their repr builds again."""
 
+import contextlib
 import functools
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from moe_ops.activations import ACTIVATIONS
@@ -119,18 +120,32 @@ WANTED = {
 }
 
 
-@functools.cache
-def drawn(**kinds) -> list[Call]:
-    seen = []
+class Enough(Exception):
+    """What was wanted has been drawn."""
 
-    # Many, since what Hypothesis draws changes with constants anywhere in the sources.
-    @settings(EXAMPLES, max_examples=1000)
+
+def draw(wanted: dict, **kinds) -> list[Call]:
+    """Some hundred calls, and then others until every wanted kind is among them."""
+    seen, missing = [], dict(wanted)
+
+    # Up to many, since what Hypothesis draws changes with constants anywhere in the sources.
+    @settings(EXAMPLES, max_examples=1000, phases=(Phase.generate,))
     @given(calls(**kinds))
-    def draw(call):
+    def draw_one(call):
         seen.append(call)
+        for name in [name for name, holds in missing.items() if holds(call)]:
+            del missing[name]
+        if len(seen) > 250 and not missing:
+            raise Enough
 
-    draw()
+    with contextlib.suppress(Enough):
+        draw_one()
     return seen
+
+
+@functools.cache
+def drawn() -> list[Call]:
+    return draw(WANTED)
 
 
 @pytest.mark.parametrize("name", WANTED)
@@ -163,7 +178,7 @@ QUANTIZED = {
 
 @functools.cache
 def drawn_quantized() -> list[Call]:
-    return drawn(tma=False, max_size=288, quantized=formats())
+    return draw(QUANTIZED, tma=False, max_size=288, quantized=formats())
 
 
 @pytest.mark.parametrize("name", QUANTIZED)
@@ -182,5 +197,6 @@ def test_any_size_without_tma():
     assert any(call.hidden % 2 for call in drawn_quantized())
     packed = [call for call in drawn_quantized() if "4a16" in call.quantized["quantization"]]
     assert not any(call.hidden % 2 or call.intermediate % 2 for call in packed)
-    assert any(call.hidden % 8 and call.intermediate % 2 for call in drawn(tma=False))
+    odd = {"odd sizes": lambda call: call.hidden % 8 and call.intermediate % 2}
+    assert any(map(odd["odd sizes"], draw(odd, tma=False)))
     assert not any(call.hidden % 8 or call.intermediate % 8 for call in drawn())
