@@ -43,7 +43,7 @@ while (($#)); do
 done
 [[ $minutes =~ ^[0-9]+$ && $minutes -gt 0 ]] || die "--minutes is '$minutes', expected a number above 0"
 folder=${folder:-benchmarks/results}
-export PYTHON=${PYTHON:-python} PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
+export PYTHON=${PYTHON:-$(command -v python || command -v python3)} PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 
 # Device and number of GPUs, by torch: "h100 1", or "cpu 0".
 probe='
@@ -107,12 +107,12 @@ note() {
 ((dry)) || mkdir -p "$folder" || die "$folder is no folder and cannot be made"
 bench=("$PYTHON" -m moe_ops bench --json RESULT --rounds 7)
 few=(--shape mixtral-8x7b --shape gpt-oss-20b --tokens 1,4,16,64,256,2048)
-rounds=(--rounds 7) host=() skew=(--tokens "256,4096") topk=() proof=(--seconds 200) demo=(examples/generate.py)
+rounds=(--rounds 7) host=() model=() skew=(--tokens "256,4096") topk=() proof=(--seconds 200) demo=(examples/generate.py)
 if ((quick)); then
     tiny=(--shape 8,2,256,128 --tokens "1,64")
     bench=("$PYTHON" -m moe_ops bench --json RESULT --rounds 2 "${tiny[@]}")
     few=() skew=() rounds=(--rounds 2 --tokens 64) host=(--rounds 2 --repeats 20) topk=(--rounds 2 --tokens 1 64)
-    proof=(--device cpu --seconds 60)
+    proof=(--device cpu --seconds 60) model=(--small)
     export MOE_OPS_EXAMPLE_QUICK=1
 fi
 ((gpus == 0)) || host+=(--device cuda)
@@ -131,7 +131,7 @@ step host-cost 30 0 "$PYTHON" benchmarks/host_cost.py --json RESULT "${host[@]}"
 step topk-route 45 1 "$PYTHON" benchmarks/topk_route.py --json RESULT "${topk[@]}"
 step in-step 60 1 "$PYTHON" benchmarks/in_step.py --json RESULT "${rounds[@]}"
 step in-step-fp8 60 1 "$PYTHON" benchmarks/in_step.py --json RESULT --format fp8_block "${rounds[@]}"
-[[ ! -f benchmarks/end_to_end.py ]] || step end-to-end 120 1 "$PYTHON" benchmarks/end_to_end.py --json RESULT
+[[ ! -f benchmarks/end_to_end.py ]] || step end-to-end 120 $((1 - quick)) "$PYTHON" benchmarks/end_to_end.py --json RESULT "${model[@]}"
 [[ ! -f benchmarks/expert_parallel.py ]] || step expert-parallel 120 2 "$PYTHON" benchmarks/expert_parallel.py --json RESULT
 step proof 240 0 "$PYTHON" benchmarks/proof.py --json RESULT "${proof[@]}"
 step demo 110 0 "$PYTHON" benchmarks/demo.py --json RESULT "${demo[@]}"

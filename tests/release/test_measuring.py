@@ -67,7 +67,7 @@ def test_steps_are_commands_that_can_be_parsed(run):
 
 
 def test_a_run_and_the_next_one(run):
-    done = run("--prefix", "now", str(run.out), FAILS="int4", DEVICE="h200 1")
+    done = run("--prefix", "now", str(run.out), FAILS="int4", DEVICE="h200 2")
     assert done.returncode == 1 and "int4: FAILED after" in done.stdout and "(3)" in done.stdout
     names = [name for name, _, _ in steps(run)]
     results = {file.name for file in run.out.glob("*.json")}
@@ -75,7 +75,7 @@ def test_a_run_and_the_next_one(run):
     with tarfile.open(run.out / "now.tar.gz") as tar:
         assert {"now-whole-op-bf16.json", "now-int4.log", "now-summary.txt"} <= set(tar.getnames())
     before = run.calls.read_text().count("--json")
-    again = run("--prefix", "now", str(run.out))
+    again = run("--prefix", "now", str(run.out), DEVICE="h200 2")
     assert again.returncode == 0 and again.stdout.count("done before") == 2 * (len(names) - 1)
     assert run.calls.read_text().count("--json") == before + 1
 
