@@ -112,7 +112,7 @@ if ((quick)); then
     tiny=(--shape 8,2,256,128 --tokens "1,64")
     bench=("$PYTHON" -m moe_ops bench --json RESULT --rounds 2 "${tiny[@]}")
     few=() skew=() rounds=(--rounds 2 --tokens 64) host=(--rounds 2 --repeats 20) topk=(--rounds 2 --tokens 1 64)
-    proof=(--device cpu --seconds 60) model=(--small)
+    proof=(--device cpu --seconds 60) model=(--small --run as-is --batch 1 --rounds 2)
     export MOE_OPS_EXAMPLE_QUICK=1
 fi
 ((gpus == 0)) || host+=(--device cuda)

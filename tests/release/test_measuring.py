@@ -112,11 +112,8 @@ def test_without_a_gpu(run):
     assert done.returncode == 2 and "--dry-run and --quick go without" in done.stderr
     done = run("--quick", str(run.out), DEVICE="cpu 0")
     assert done.returncode == 0 and "whole-op-bf16: left out: it needs 1 GPU(s), and torch sees 0" in done.stdout
-    assert {file.name.split("-cpu-")[1] for file in run.out.glob("*.json")} == {
-        "host-cost.json",
-        "proof.json",
-        "demo.json",
-    }
+    made = {file.name.split("-cpu-")[1] for file in run.out.glob("*.json")}
+    assert {"host-cost.json", "proof.json", "demo.json"} <= made and "whole-op-bf16.json" not in made
 
 
 @pytest.mark.parametrize(
