@@ -142,6 +142,7 @@ done
 ((dry)) && exit 0
 {
     "$PYTHON" -c 'import sys; sys.path.insert(0, "benchmarks"); from record import head; print(*head().values())'
+    echo "commit $(git describe --always --dirty 2>/dev/null || echo unknown)"
     printf '%s\n' "${report[@]}"
     echo "all: $((SECONDS - began)) s"
 } >"$folder/$prefix-summary.txt"
