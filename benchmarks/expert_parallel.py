@@ -36,7 +36,7 @@ import triton
 
 import moe_ops
 from moe_ops.arguments import Arguments
-from moe_ops.distributed import ExpertParallel, Network, estimate
+from moe_ops.distributed import ExpertParallel, Network
 from moe_ops.distributed.calls import Call
 from moe_ops.distributed.ops import ep_place
 from moe_ops.reference import fused_moe_reference
@@ -49,7 +49,7 @@ DEVICE = "cuda" if CUDA else "cpu"
 FORMATS = ("bf16", "fp8_block")
 SETS, CHECKED = 4, 48
 POOL = {}
-SIZES = [1 << n for n in (range(12, 29, 2) if CUDA else (12, 16))]
+SIZES = [1 << n for n in (range(12, 29, 2) if CUDA else (12, 14, 16))]
 
 
 def parse_args() -> argparse.Namespace:
@@ -61,6 +61,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--gpus", type=int, default=None, help="(default: all)")
     parser.add_argument("--json", type=Path, help="also write the numbers there, after every cell")
+    parser.add_argument("--report", type=Path, help="print what such a file has instead; needs no GPU")
     return parser.parse_args()
 
 
@@ -179,11 +180,21 @@ def network(rounds: int) -> tuple[dict, Network]:
         }
         for name, taken in time_all(runs, rounds).items():
             table[name][nbytes] = taken
-    # Bytes that leave a rank, over what they take beyond the least; the least itself is the latency.
-    sent = SIZES[-1] * (size - 1)
-    least = statistics.mean(times[SIZES[0]] for times in table.values())
-    most = statistics.mean(times[SIZES[-1]] for times in table.values())
-    return table, Network(bandwidth=sent / max(most - least, most / 10), latency=least)
+    return table, fitted(table, size)
+
+
+def fitted(table: dict, size: int) -> Network:
+    """The cost model's network: latency by the smallest size, bandwidth by the last but one, both means over the three.
+
+    The largest size would give a bandwidth that no layer's rows reach.
+    """
+
+    def mean(nbytes: int) -> float:
+        return statistics.mean(times[nbytes] for times in table.values())
+
+    least, most = mean(SIZES[0]), mean(SIZES[-2])
+    # Between processes of a busy CPU more bytes may take less time.
+    return Network(bandwidth=SIZES[-2] * (size - 1) / max(most - least, most / 10), latency=least)
 
 
 def rule(out: torch.Tensor, args: Arguments, found: dict) -> float:
@@ -196,10 +207,10 @@ def rule(out: torch.Tensor, args: Arguments, found: dict) -> float:
     return max(got.rms / (1.15 * sampling * allowed.rms), got.max / (2 * sampling * allowed.max))
 
 
-def cell(shape: str, form: str, num_tokens: int, mine: dict, whole: dict | None, net: Network, rounds: int) -> dict:
+def cell(shape: str, form: str, num_tokens: int, mine: dict, whole: dict | None, rounds: int) -> dict:
     """All ways of one shape and M."""
     rank, size = dist.get_rank(), dist.get_world_size()
-    experts, top_k, hidden, _ = SHAPES[shape]
+    experts = SHAPES[shape][0]
     sets = [inputs(rank, num_tokens, SHAPES[shape], index) for index in range(SETS)]
     w = {name: mine[name] for name in ("w1", "w2")}
     named = {name: value for name, value in mine.items() if name not in w}
@@ -248,16 +259,10 @@ def cell(shape: str, form: str, num_tokens: int, mine: dict, whole: dict | None,
             tokens = [torch.cat([everything[0][r][i][some] for r in range(size)]) for i in range(3)]
             args = Arguments(tokens[0], whole["w1"], whole["w2"], *tokens[1:],
                              **{k: v for k, v in whole.items() if k not in w})  # fmt: skip
-            plan, traffic = plans[name], plans[name].traffic
-            back = plan.combine_dtype.itemsize
-            predicted = estimate(
-                plan.way, num_tokens, hidden_size=hidden, top_k=top_k, num_ranks=size,
-                row_bytes=round(traffic.out_bytes / traffic.rows), back_bytes=back, capacity=plan.capacity, network=net,
-            )  # fmt: skip
             record["ways"][name] = {
                 "rule": rule(torch.cat([out[some] for out in gathered]), args, found),
-                "bits": bool(same.item()), "out_bytes": predicted.out_bytes, "back_bytes": predicted.back_bytes,
-                "predicted_comm": predicted.seconds, "op": plan.op.variant,
+                "bits": bool(same.item()), "out_bytes": plans[name].traffic.out_bytes,
+                "back_bytes": plans[name].traffic.back_bytes, "op": plans[name].op.variant,
             }  # fmt: skip
     return record
 
@@ -291,7 +296,25 @@ def parts(name: str, ep: ExpertParallel, w: dict, named: dict, sets: list) -> di
     }
 
 
-def report(record: dict, size: int) -> None:
+def head(results: dict) -> Network:
+    """Prints what ran where, and the collectives; the network of the cost model."""
+    size, table = results["gpus"], results["collectives"]
+    table = {name: {int(nbytes): taken for nbytes, taken in times.items()} for name, times in table.items()}
+    net = fitted(table, size)
+    print(
+        f"{size} x {results['device']}, torch {results['torch']}, triton {results['triton']}, NCCL {results['nccl']}, "
+        f"{results['date']}"
+    )
+    print(f"| bytes to each rank | {' us | '.join(table)} us | GB/s a rank sends |\n|" + " --- |" * (len(table) + 2))
+    for nbytes in SIZES:
+        times = [times[nbytes] for times in table.values()]
+        rates = " / ".join(f"{nbytes * (size - 1) / one / 1e9:.0f}" for one in times)
+        print(f"| {nbytes} | " + " | ".join(f"{one * 1e6:.1f}" for one in times) + f" | {rates} |")
+    print(f"model: {net.bandwidth / 1e9:.0f} GB/s, {net.latency * 1e6:.1f} us a collective", flush=True)
+    return net
+
+
+def report(record: dict, size: int, net: Network) -> None:
     """Prints a cell."""
     taken, num_tokens = record["seconds"], record["M"]
     alone, small = taken["one GPU, W * M"], taken["one GPU, M"]
@@ -303,7 +326,8 @@ def report(record: dict, size: int) -> None:
                "speed-up, M", "rule", "bits")  # fmt: skip
     print(f"| {' | '.join(columns)} |\n|" + " --- |" * len(columns))
     for name, facts in record["ways"].items():
-        whole, predicted = taken[name], f"{facts['predicted_comm'] * 1e6:.1f}"
+        nbytes = facts["out_bytes"] + facts["back_bytes"]
+        whole, predicted = taken[name], f"{(2 * net.latency + net.seconds(nbytes, size)) * 1e6:.1f}"
         shares = ("-", predicted, "-", "-", "-")
         if f"{name}: comm" in taken:
             comm, experts = taken[f"{name}: comm"], taken[f"{name}: experts"]
@@ -339,20 +363,10 @@ def main(rank: int, options: argparse.Namespace, size: int, store: str) -> None:
         "nccl": ".".join(map(str, torch.cuda.nccl.version())) if CUDA else None,
         "date": str(datetime.date.today()),
         "collectives": table,
-        "bandwidth": net.bandwidth,
-        "latency": net.latency,
         "cells": [],
     }
     if rank == 0:
-        print(f"{size} x {results['device']}, torch {torch.__version__}, triton {triton.__version__}, NCCL "
-              f"{results['nccl']}, {results['date']}")  # fmt: skip
-        print("| bytes to each rank | " + " | ".join(f"{name} us" for name in table) + " | GB/s a rank sends |\n|" +
-              " --- |" * (len(table) + 2))  # fmt: skip
-        for nbytes in SIZES:
-            times = [times[nbytes] for times in table.values()]
-            rates = " / ".join(f"{nbytes * (size - 1) / one / 1e9:.0f}" for one in times)
-            print(f"| {nbytes} | " + " | ".join(f"{one * 1e6:.1f}" for one in times) + f" | {rates} |")
-        print(f"model: {net.bandwidth / 1e9:.0f} GB/s, {net.latency * 1e6:.1f} us a collective", flush=True)
+        head(results)
     for shape in options.shapes:
         for form in options.formats:
             experts = ExpertParallel(None, SHAPES[shape][0]).local_experts
@@ -360,9 +374,9 @@ def main(rank: int, options: argparse.Namespace, size: int, store: str) -> None:
             whole = weights(list(range(SHAPES[shape][0])), SHAPES[shape], form) if rank == 0 else None
             for num_tokens in options.tokens:
                 start = time.monotonic()
-                record = cell(shape, form, num_tokens, mine, whole, net, options.rounds)
+                record = cell(shape, form, num_tokens, mine, whole, options.rounds)
                 if rank == 0:
-                    report(record, size)
+                    report(record, size, net)
                     print(f"({time.monotonic() - start:.1f} s)", flush=True)
                     results["cells"].append(record)
                     if options.json:
@@ -375,7 +389,13 @@ def main(rank: int, options: argparse.Namespace, size: int, store: str) -> None:
 
 if __name__ == "__main__":
     options = parse_args()
-    if "RANK" in os.environ:  # torchrun
+    if options.report:
+        recorded = json.loads(options.report.read_text())
+        SIZES = [int(nbytes) for nbytes in recorded["collectives"]["all_to_all"]]
+        net = head(recorded)
+        for record in recorded["cells"]:
+            report(record, recorded["gpus"], net)
+    elif "RANK" in os.environ:  # torchrun
         main(int(os.environ["LOCAL_RANK"]), options, int(os.environ["WORLD_SIZE"]), "env://")
     else:
         count = options.gpus or (torch.cuda.device_count() if CUDA else 2)

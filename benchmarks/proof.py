@@ -35,7 +35,7 @@ def run(device: str, seconds: float, processes: int) -> tuple[str, bool]:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *FILES[device]]
     command += ["-m", "gpu" if device == "cuda" else "not gpu"]
     if processes > 1:
-        command += ["-n", str(processes), "--dist", "loadgroup"]
+        command += ["-n", str(processes)]
     env = {**os.environ, **FEWER, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
         command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True

@@ -5,6 +5,7 @@ options, the overrides in force) and on the tables of tuned tiles, which a proce
 stale. Addresses are not in it.
 """
 
+import operator
 from collections.abc import Hashable
 
 from torch import Tensor
@@ -19,6 +20,7 @@ from moe_ops.problem import Problem, make_problem
 _MAX_ENTRIES = 4096
 _ALIGNMENT = 16
 
+_tensors, _options = operator.attrgetter(*TENSOR_ARGUMENTS), operator.attrgetter(*OPTION_ARGUMENTS)
 _BLOCK_SHAPE = OPTION_ARGUMENTS.index("block_shape")
 
 _plans: dict[Hashable, tuple[Problem, Plan]] = {}
@@ -51,16 +53,15 @@ def plan(args: Arguments) -> tuple[Problem, Plan]:
 def _key(args: Arguments) -> Hashable | None:
     """Everything `make_problem` and `make_plan` look at; None for arguments that cannot be looked up."""
     facts: list[Hashable] = []
-    for name in TENSOR_ARGUMENTS:
-        tensor = getattr(args, name)
-        if isinstance(tensor, Tensor):
+    for tensor in _tensors(args):
+        if tensor is None:
+            facts.append(None)
+        elif isinstance(tensor, Tensor):
             alignment = tensor.data_ptr() % _ALIGNMENT
             facts.append((tensor.shape, tensor.stride(), tensor.dtype, tensor.device, alignment))
-        elif tensor is None:
-            facts.append(None)
         else:
             return None
-    options = [getattr(args, name) for name in OPTION_ARGUMENTS]
+    options = [*_options(args)]
     if args.block_shape is not None:  # a list, which has no hash
         options[_BLOCK_SHAPE] = tuple(args.block_shape)
     key = (*facts, *options, env.batch_invariant(), dispatch.current_override())

@@ -106,8 +106,11 @@ clamped one or swigluoai. Static scales, other blocks, fp4 weights and softcappe
 `moe_ops.nn.FusedExperts.from_hf(module)` makes a module of its own of what is fused here, and
 `moe_ops.nn.convert_hf_state_dict` takes the weights of an MoE block, or its checkpoint, to `moe_ops.nn.MoELayer`.
 
-| family | model | experts | options of the op, or why not |
-| --- | --- | --- | --- |
+*Router*: `moe_ops.integrations.transformers.fuse_routers(model)` lets those that are *fused* choose experts by
+`topk_route` ({routers} families); with it logits were within the same bound. The others keep their own.
+
+| family | model | experts | router | options of the op, or why not |
+| --- | --- | --- | --- | --- |
 {rows}
 """
 
@@ -119,6 +122,7 @@ class Verdict:
     family: str
     model: str = ""
     result: str = "not built"  # or "fused", "fallback"
+    router: str = "own"  # or "fused"
     why: str = ""
 
 
@@ -194,11 +198,12 @@ def replaced_op(function: Callable[..., Tensor]) -> Iterator[None]:
 
 
 @torch.no_grad()
-def outputs(model: nn.Module, implementation: str) -> Tensor:
-    """Logits, or last hidden states, of a few tokens."""
+def outputs(model: nn.Module, implementation: str, tokens: int = 9) -> Tensor:
+    """Logits, or last hidden states, of two sequences."""
     model.set_experts_implementation(implementation)
     torch.manual_seed(1)
-    result = model(input_ids=torch.randint(1, 64, (2, 9)), use_cache=False)
+    ids = torch.randint(1, 64, (2, tokens)).to(model.device)
+    result = model(input_ids=ids, use_cache=False)
     return result.logits if getattr(result, "logits", None) is not None else result[0]
 
 
@@ -228,9 +233,15 @@ def judge(model: nn.Module, family: str) -> Verdict:
         hook.remove()
     reasons = {options for module in experts if isinstance(options := options_of(module, got.device), str)}
     # What falls back is held to the same function of transformers: its rounding is that function's own.
-    error = difference(got, outputs(model, integration.FALLBACK if reasons else "eager"))
-    if not error <= TOLERANCE:
-        raise ArithmeticError(f"{type(model).__name__}: the results differ by {error:.1e}")
+    expected = outputs(model, integration.FALLBACK if reasons else "eager")
+    results = {"": got}
+    if integration.fuse_routers(model):
+        verdict.router = "fused"
+        results[" with fused routers"] = outputs(model, integration.NAME)
+    for how, result in results.items():
+        error = difference(result, expected)
+        if not error <= TOLERANCE:
+            raise ArithmeticError(f"{type(model).__name__}: the results{how} differ by {error:.1e}")
     if reasons:
         verdict.result, verdict.why = "fallback", "; ".join(sorted(reasons))
         return verdict
@@ -244,12 +255,12 @@ def judge(model: nn.Module, family: str) -> Verdict:
     return verdict
 
 
-def verdict_of(family: str) -> tuple[Verdict, nn.Module | None]:
-    """The verdict of the first model of a family that can be built and run, and the model."""
+def verdict_of(family: str, device: str = "cpu") -> tuple[Verdict, nn.Module | None]:
+    """The verdict of the first model of a family that can be built and run on a device, and the model."""
     first = None
     for cls in model_classes(family):
         try:
-            model = build(cls, family)
+            model = build(cls, family).to(device)
             return judge(model, family), model
         except ArithmeticError:
             raise
@@ -270,10 +281,11 @@ def quiet() -> None:
 def page(verdicts: list[Verdict]) -> str:
     """The text of docs/models.md."""
     counts = {result: sum(v.result == result for v in verdicts) for result in ("fused", "fallback", "not built")}
-    rows = [f"| `{v.family}` | `{v.model}` | {v.result} | {v.why.replace('|', ' ')} |" for v in verdicts]
+    rows = [f"| `{v.family}` | `{v.model}` | {v.result} | {v.router} | {v.why.replace('|', ' ')} |" for v in verdicts]
     return PAGE.format(
         version=transformers.__version__, families=len(verdicts), fused=counts["fused"], fallback=counts["fallback"],
         not_built=counts["not built"], tolerance=TOLERANCE, rows="\n".join(rows),
+        routers=sum(v.router == "fused" for v in verdicts),
     )  # fmt: skip
 
 

@@ -19,6 +19,7 @@ FLOOR = ROOT / ".venv" / "triton-floor"
 FLOOR_TRITON = "3.6.0"
 FLOOR_REQUIREMENTS = [f"triton=={FLOOR_TRITON}", "numpy<2.4"]
 _GPU_TEST_GIGABYTES = 12
+BIG = "tests/gpu/test_big.py"
 # What every test run sees: no compiled code from an earlier run, no model download.
 TEST_ENV = {"TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1", "HF_HUB_OFFLINE": "1"}
 
@@ -43,8 +44,8 @@ def workers(count: int = 2) -> tuple[list[str], dict[str, str]]:
     if importlib.util.find_spec("xdist") is None:
         print("note: pytest-xdist is not installed, so the tests run in one process", flush=True)
         return [], {}
-    # Processes of many threads each would fight over the cores. Tests that share a mark xdist_group share a process.
-    return ["-n", str(count), "--dist", "loadgroup"], {"OMP_NUM_THREADS": "1"}
+    # Processes of many threads each would fight over the cores.
+    return ["-n", str(count)], {"OMP_NUM_THREADS": "1"}
 
 
 def has_cuda_gpu() -> bool:
@@ -79,7 +80,10 @@ def test() -> bool:
         # Compiling for the GPU takes most of the time, and host cores; a process keeps what its largest test took.
         parallel, threads = workers(max(1, min(10, (os.cpu_count() or 1) // 2, gpu_gigabytes() // _GPU_TEST_GIGABYTES)))
         env = {**TEST_ENV, **threads, **inductor_env()}
-        results.append(run("-m", "pytest", "-m", "gpu", "tests/gpu", "tests/mutants", *parallel, env=env))
+        gpu_tests = ("-m", "pytest", "-m", "gpu")
+        results.append(run(*gpu_tests, "tests/gpu", "tests/mutants", f"--ignore={BIG}", *parallel, env=env))
+        # One process has the memory of the device.
+        results.append(run(*gpu_tests, BIG, *workers(1)[0], env=env))
     else:
         print("note: no usable CUDA GPU, so the GPU tests did not run", flush=True)
     return all(results)

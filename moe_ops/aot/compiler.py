@@ -7,7 +7,7 @@ of tokens are not specialised on, since one kernel has to serve them all.
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from triton.backends.compiler import GPUTarget
@@ -108,6 +108,28 @@ def target(arch: int) -> Iterator[None]:
         driver._active = previous
 
 
+def compile_for(launch: Launch, arch: int):
+    """What Triton compiles for a launch of operands and numbers. It is in Triton's cache on disk from then on.
+
+    Args:
+        launch: recorded, without symbols.
+        arch: compute capability, 90 for 9.0.
+
+    Returns:
+        Triton's `CompiledKernel`.
+    """
+    kernel = launch.kernel
+    # Triton keeps kernels by device number, and this one is none of the machine's.
+    kept = dict(kernel.device_caches)
+    kernel.device_caches.clear()
+    try:
+        with target(arch):
+            return kernel.warmup(*launch.args, grid=(1,), enable_fp_fusion=True, **launch.options)
+    finally:
+        kernel.device_caches.clear()
+        kernel.device_caches.update(kept)
+
+
 def compile_launch(launch: Launch, arch: int) -> Kernel:
     """Compiles the kernel of a launch.
 
@@ -118,16 +140,10 @@ def compile_launch(launch: Launch, arch: int) -> Kernel:
     Raises:
         RuntimeError: the kernel cannot be launched without Triton: this version of it compiles for another launcher.
     """
-    kernel, stand_ins = launch.kernel, [_ANY_NUMBER if isinstance(arg, Count) else arg for arg in launch.args]
-    # Triton keeps kernels by device number, and this one is none of the machine's.
-    kept = dict(kernel.device_caches)
-    kernel.device_caches.clear()
-    try:
-        with target(arch):
-            compiled = kernel.warmup(*stand_ins, grid=(1,), enable_fp_fusion=True, **launch.options)
-    finally:
-        kernel.device_caches.clear()
-        kernel.device_caches.update(kept)
+    kernel = launch.kernel
+    compiled = compile_for(
+        replace(launch, args=tuple(_ANY_NUMBER if isinstance(a, Count) else a for a in launch.args)), arch
+    )
     metadata, cubin = compiled.metadata, compiled.asm["cubin"]
     arguments = tuple(_arguments(kernel.arg_names[: len(launch.args)], compiled))
     expected = [size for index, kind in arguments for size in _sizes(kind)] + _SCRATCH

@@ -4,11 +4,10 @@ They take the place of the pipeline's own two GEMMs where `tuning.variants.block
 block is 64, or 128 for many rows an expert.
 """
 
-import triton
 from torch import Tensor
 
 from moe_ops.backends import pingpong
-from moe_ops.backends.launch import Launcher, activation_constexprs, bias_and_stride
+from moe_ops.backends.launch import Launcher, activation_constexprs, bias_and_stride, cdiv
 from moe_ops.backends.scaled import ScaledRows
 from moe_ops.dispatch import Plan
 from moe_ops.kernels.blockscaled import blockscaled_kernel
@@ -68,7 +67,7 @@ def _launch(rows: ScaledRows, gather: bool, weight: Tensor, weight_scale: Tensor
     bias, stride_be = bias_and_stride(bias)
     Launcher(plan.kernels)(
         name, blockscaled_kernel,
-        min(plan.num_sms, routing.tile_experts.numel() * triton.cdiv(columns, config.block_n)),
+        min(plan.num_sms, routing.tile_experts.numel() * cdiv(columns, config.block_n)),
         (values if gather else None, None if gather else pingpong.descriptor(values, [_ROWS, GROUP]),
          pingpong.weight_descriptor(weight, GROUP, GROUP), rows.scale, weight_scale, bias, router_weights,
          pingpong.descriptor(out.values, [_ROWS, pingpong.BOX]), out.scale,

@@ -8,12 +8,12 @@ from torch import Tensor
 
 from moe_ops.backends.launch import Launcher, on_device
 from moe_ops.backends.quantize import LARGEST
-from moe_ops.backends.routing import sort_routes
 from moe_ops.exchange import RowLayout
 from moe_ops.kernels import exchange as kernels
+from moe_ops.kernels.route import scan_kernel
 from moe_ops.quantization.scheme import GROUP
 
-_TOKENS, _ROUTES = 16, 128
+_ROUTES, _SCAN_STEP = 128, 1024
 _COLUMNS = 2048
 _UNROLL = 4
 # Kernels compiled for calls seen before, by everything that they are specialised on; what a model repeats is few.
@@ -41,26 +41,32 @@ def place_rows(
     """As `moe_ops.exchange.place_rows`, without a host sync."""
     ids = topk_ids.contiguous()
     num_tokens, top_k = ids.shape
-    ranks, local, first = (ids.new_empty(ids.shape, dtype=torch.int32) for _ in range(3))
-    counts = ids.new_zeros((num_ranks,), dtype=torch.int32)
+    ranks, local, first, rows = ids.new_empty((4, num_tokens, top_k), dtype=torch.int32)
     if num_tokens == 0:
-        return ranks, local, first, counts
+        return ranks, local, rows, ids.new_zeros((num_ranks,), dtype=torch.int32)
+    top_k_pow2 = triton.next_power_of_2(top_k)
+    tokens = max(1, _ROUTES // top_k_pow2)
+    num_chunks = triton.cdiv(num_tokens, tokens)
+    counts = ids.new_empty((num_ranks,), dtype=torch.int32)
+    chunk_counts = ids.new_empty((num_ranks, num_chunks), dtype=torch.int32)
     launch = _launcher("place", _facts_of(ids), num_ranks)
-    sizes = {"NUM_RANKS": num_ranks, "RANKS_POW2": triton.next_power_of_2(num_ranks + 1)}
+    sizes = {"NUM_RANKS": num_ranks, "RANKS_POW2": triton.next_power_of_2(num_ranks + 1), "num_warps": 4}
     with on_device(ids):
         launch(
-            "first", kernels.first_slots_kernel, triton.cdiv(num_tokens, _TOKENS),
-            (ids, rank_of, local_of, ranks, local, first, counts, num_tokens, rank_of.shape[0]),
-            lambda: {"TOP_K": top_k, "TOKENS": _TOKENS, "TOP_K_POW2": triton.next_power_of_2(top_k), **sizes},
+            "first", kernels.first_slots_kernel, num_chunks,
+            (ids, rank_of, local_of, ranks, local, first, rows, chunk_counts, num_tokens, rank_of.shape[0], num_chunks),
+            lambda: {"TOP_K": top_k, "TOKENS": tokens, "TOP_K_POW2": top_k_pow2, **sizes},
         )  # fmt: skip
-        # The stable sort that puts routes in the order of their experts puts rows in the order of their ranks.
-        rows = sort_routes(first, num_ranks, 1, launch=launch).inverse
-        if capacity:
-            launch(
-                "spread", kernels.spread_kernel, triton.cdiv(rows.numel(), _ROUTES),
-                (rows, first, counts, rows.numel(), capacity), lambda: {**sizes, "ROUTES": _ROUTES},
-            )  # fmt: skip
-    return ranks, local, rows.view(num_tokens, top_k), counts
+        launch(
+            "scan", scan_kernel, num_ranks, (chunk_counts, counts, num_chunks),
+            lambda: {"STEP": _SCAN_STEP, "PDL": False, "num_warps": 4},
+        )  # fmt: skip
+        launch(
+            "rows", kernels.rows_kernel, num_chunks,
+            (rows, first, chunk_counts, counts, rows.numel(), num_chunks, capacity),
+            lambda: {"CHUNK": tokens * top_k, "ROUTES": tokens * top_k_pow2, **sizes},
+        )  # fmt: skip
+    return ranks, local, rows, counts
 
 
 def pack_rows(

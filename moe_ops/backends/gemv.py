@@ -1,14 +1,15 @@
 """Launches of the matrix-vector kernels: a token or a few, without a sort, in two launches on every GPU path."""
 
-import triton
 from torch import Tensor
 
 from moe_ops.backends.launch import (
     Launcher,
     activation_constexprs,
     bias_and_stride,
+    cdiv,
     dependent,
     format_constexprs,
+    next_power_of_2,
     result_launch,
     stored_weight,
     unit,
@@ -40,7 +41,7 @@ def up(args: Arguments, problem: Problem, plan: Plan, ids: Tensor, expert_map: T
     bias, stride_be = bias_and_stride(args.w1_bias)
     scaled = given_rows(x, args.a1_scale) if problem.scheme.inputs_given else ScaledRows(x)
     Launcher(plan.kernels)(
-        "up", kernels.gemv_up_kernel, problem.num_routes * triton.cdiv(problem.intermediate_size, config.block_n),
+        "up", kernels.gemv_up_kernel, problem.num_routes * cdiv(problem.intermediate_size, config.block_n),
         (x, w1, bias, router_weights if problem.router_weight_on_input else None, act, ids, expert_map,
          problem.num_routes, problem.num_ids, problem.num_experts, problem.top_k,
          problem.hidden_size, problem.intermediate_size, problem.alpha or 0.0, problem.limit or 0.0,
@@ -73,7 +74,7 @@ def down(args: Arguments, problem: Problem, plan: Plan, ids: Tensor, expert_map:
     bias, stride_be = bias_and_stride(args.w2_bias)
     name, out_strides = result_launch("down", out, problem.reduce_topk)
     Launcher(plan.kernels)(
-        name, kernels.gemv_down_kernel, problem.num_tokens * triton.cdiv(problem.hidden_size, config.block_n),
+        name, kernels.gemv_down_kernel, problem.num_tokens * cdiv(problem.hidden_size, config.block_n),
         (act, w2, bias, router_weights, out, ids, expert_map,
          problem.routed_scaling_factor, problem.num_ids, problem.num_experts, problem.top_k,
          problem.hidden_size, problem.intermediate_size,
@@ -81,7 +82,7 @@ def down(args: Arguments, problem: Problem, plan: Plan, ids: Tensor, expert_map:
         lambda: {
             "I_UNIT": unit(problem.intermediate_size), **weight_constexprs(w2),
             **_reduction(problem, plan, w2, config.block_k),
-            "SLOTS": min(TOKEN_ROUTES, triton.next_power_of_2(problem.top_k)), "REDUCE": problem.reduce_topk,
+            "SLOTS": min(TOKEN_ROUTES, next_power_of_2(problem.top_k)), "REDUCE": problem.reduce_topk,
             "BLOCK_N": config.block_n, "num_warps": config.num_warps, **dependent(plan),
         },
     )  # fmt: skip

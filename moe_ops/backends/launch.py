@@ -58,6 +58,16 @@ class Launcher:
             self._kept[name] = compiled, tuple(values[constexpr] for constexpr in kernel.arg_names[len(args) :])
 
 
+def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up. Triton's own function takes microseconds on the host, and every launch has some."""
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    """The smallest power of two that is at least n."""
+    return 1 << (n - 1).bit_length()
+
+
 def on_device(tensor: Tensor) -> contextlib.AbstractContextManager:
     """Makes the tensor's GPU the current one, which is where Triton launches."""
     if tensor.device.type == "cuda" and tensor.device.index != torch.cuda.current_device():

@@ -4,14 +4,15 @@ They take the place of the pipeline's own two GEMMs where `tuning.variants.pingp
 operands; the row block is 64.
 """
 
+import functools
+
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 from triton.experimental.gluon.language import NVMMASharedLayout
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from moe_ops.backends.launch import Launcher, activation_constexprs, bias_and_stride
+from moe_ops.backends.launch import Launcher, activation_constexprs, bias_and_stride, cdiv
 from moe_ops.backends.scaled import ScaledRows
 from moe_ops.dispatch import Plan
 from moe_ops.kernels.pingpong import pingpong_kernel
@@ -86,7 +87,7 @@ def _launch(rows: ScaledRows, gather: bool, weight: Tensor, weight_scale: Tensor
     bias, stride_be = bias_and_stride(bias)
     Launcher(plan.kernels)(
         (name, out.dtype), pingpong_kernel,
-        min(plan.num_sms, routing.tile_experts.numel() * triton.cdiv(out.shape[1], config.block_n)),
+        min(plan.num_sms, routing.tile_experts.numel() * cdiv(out.shape[1], config.block_n)),
         (values if gather else None, None if gather else descriptor(values, [config.block_m, config.block_k]),
          weight_descriptor(weight, box, config.block_k), rows.scale, None if per_channel else weight_scale,
          weight_scale if per_channel else None, out_scale, bias, router_weights,
@@ -115,8 +116,9 @@ def copyable(x: Tensor) -> Tensor:
 
 
 def descriptor(tensor: Tensor, box: list[int]) -> TensorDescriptor:
-    """A descriptor of a matrix; a row of the box takes at most 128 bytes."""
-    return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), box, _swizzled(tensor, box))
+    """A descriptor of a tensor; a row of the box takes at most 128 bytes."""
+    layout = _swizzled(tensor.element_size(), box[-1], len(box))
+    return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), box, layout)
 
 
 def weight_descriptor(weight: Tensor, columns: int, block_k: int) -> TensorDescriptor:
@@ -127,10 +129,10 @@ def weight_descriptor(weight: Tensor, columns: int, block_k: int) -> TensorDescr
     box = [1, columns, block_k]
     if weight.stride(2) != 1:
         weight, box = weight.transpose(1, 2), [1, block_k, columns]
-    return TensorDescriptor(weight, list(weight.shape), list(weight.stride()), box, _swizzled(weight, box))
+    return descriptor(weight, box)
 
 
-def _swizzled(tensor: Tensor, box: list[int]) -> NVMMASharedLayout:
-    itemsize = tensor.element_size()
-    swizzle = min(_LARGEST_SWIZZLE, box[-1] * itemsize)
-    return NVMMASharedLayout(swizzle_byte_width=swizzle, element_bitwidth=8 * itemsize, rank=len(box))
+@functools.cache  # Gluon checks a layout in more time than a launch should take.
+def _swizzled(itemsize: int, columns: int, rank: int) -> NVMMASharedLayout:
+    swizzle = min(_LARGEST_SWIZZLE, columns * itemsize)
+    return NVMMASharedLayout(swizzle_byte_width=swizzle, element_bitwidth=8 * itemsize, rank=rank)

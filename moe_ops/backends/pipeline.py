@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from moe_ops.backends import gemv, planes, quantize
@@ -12,8 +11,10 @@ from moe_ops.backends.launch import (
     Launcher,
     activation_constexprs,
     bias_and_stride,
+    cdiv,
     dependent,
     format_constexprs,
+    next_power_of_2,
     on_device,
     result_launch,
     scale_unit,
@@ -124,7 +125,7 @@ def _up(args, problem: Problem, plan: Plan, describe: Describe | None, routing: 
     else:
         act = _workspace(args, problem, plan, problem.intermediate_size)
     Launcher(plan.kernels)(
-        "up", up_kernel, plan.max_tiles * triton.cdiv(problem.intermediate_size, config.block_n),
+        "up", up_kernel, plan.max_tiles * cdiv(problem.intermediate_size, config.block_n),
         (x.values, w1_desc, None if w1_desc is not None else w1, bias,
          router_weights if problem.router_weight_on_input else None, act, *routing[:2],
          problem.num_routes, problem.top_k,
@@ -149,7 +150,7 @@ def _down(args, problem: Problem, plan: Plan, describe: Describe | None, routing
     act_desc = None if describe is None or plan.planes > 1 else describe.act(act.values, plan)
     w2_desc = None if describe is None else describe.w2(args, problem, plan)
     Launcher(plan.kernels)(
-        "down", down_kernel, plan.max_tiles * triton.cdiv(problem.hidden_size, config.block_n),
+        "down", down_kernel, plan.max_tiles * cdiv(problem.hidden_size, config.block_n),
         (act_desc, act.values, w2_desc, None if w2_desc is not None else w2, bias, rows,
          *routing[:2], problem.num_routes,
          problem.hidden_size, problem.intermediate_size,
@@ -226,15 +227,15 @@ def _tile(plan: Plan, config, reduction: int, problem: Problem) -> dict[str, obj
 
 def _combine(problem: Problem, plan: Plan, rows: Tensor, routing: Routing, router_weights, out: Tensor) -> None:
     """out[m] = factor * sum_k weight[m, k] * rows[inverse[m, k]]; the summands with `reduce_topk=False`."""
-    block_h = min(_COMBINE_COLUMNS, triton.next_power_of_2(problem.hidden_size))
+    block_h = min(_COMBINE_COLUMNS, next_power_of_2(problem.hidden_size))
     name, out_strides = result_launch("combine", out, problem.reduce_topk)
     Launcher(plan.kernels)(
-        name, combine_kernel, problem.num_tokens * triton.cdiv(problem.hidden_size, block_h),
+        name, combine_kernel, problem.num_tokens * cdiv(problem.hidden_size, block_h),
         (rows, routing.inverse, router_weights, out,
          problem.routed_scaling_factor, problem.top_k, problem.hidden_size,
          rows.stride(0), *out_strides),
         lambda: {
-            "UNROLL": min(_COMBINE_UNROLL, triton.next_power_of_2(problem.top_k)), "REDUCE": problem.reduce_topk,
+            "UNROLL": min(_COMBINE_UNROLL, next_power_of_2(problem.top_k)), "REDUCE": problem.reduce_topk,
             "BLOCK_H": block_h, "num_warps": 4, **dependent(plan),
         },
     )  # fmt: skip

@@ -1,9 +1,8 @@
 """Rows in planes: the columns that weights of one stored element multiply apart, each plane's side by side."""
 
-import triton
 from torch import Tensor
 
-from moe_ops.backends.launch import Launcher, dependent
+from moe_ops.backends.launch import Launcher, cdiv, dependent, next_power_of_2
 from moe_ops.dispatch import Plan
 from moe_ops.kernels.planes import planes_kernel
 
@@ -25,9 +24,9 @@ def fill(x: Tensor, rows: Tensor, plan: Plan) -> None:
     """
     num_rows, columns = x.shape
     width = plan.planes * rows.shape[2]
-    block_k = min(_BLOCK_K, triton.next_power_of_2(width))
+    block_k = min(_BLOCK_K, next_power_of_2(width))
     Launcher(plan.kernels)(
-        "planes", planes_kernel, num_rows * triton.cdiv(width, block_k),
+        "planes", planes_kernel, num_rows * cdiv(width, block_k),
         (x, rows, columns, *x.stride(), rows.stride(0)),
         lambda: {"PLANES": plan.planes, "BLOCK_K": block_k, "num_warps": 4, **dependent(plan)},
     )  # fmt: skip

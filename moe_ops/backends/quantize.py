@@ -1,10 +1,9 @@
 """Launches that quantise rows: the hidden states, and the activation between the two GEMMs."""
 
 import torch
-import triton
 from torch import Tensor
 
-from moe_ops.backends.launch import Launcher, dependent
+from moe_ops.backends.launch import Launcher, cdiv, dependent, next_power_of_2
 from moe_ops.backends.scaled import ScaledRows
 from moe_ops.dispatch import Plan, row_stride
 from moe_ops.kernels.quantize import quantize_kernel
@@ -78,7 +77,7 @@ def empty(args: Arguments, problem: Problem, granularity: str, shape: tuple[int,
     values = like.new_empty((num_rows, row_stride(columns)), dtype=dtype)[:, :columns]
     if given is not None:
         return ScaledRows(values, given, stride_expert=given.stride(0) if granularity == "expert" else 0)
-    groups = triton.cdiv(columns, GROUP) if granularity == "group" else 1
+    groups = cdiv(columns, GROUP) if granularity == "group" else 1
     scale = like.new_empty((groups, num_rows), dtype=torch.float32)
     return ScaledRows(values, scale, 1, num_rows if granularity == "group" else 0)
 
@@ -94,12 +93,12 @@ def _launch(name: str, x: Tensor, rows: ScaledRows, given: Tensor | None, routin
             plan: Plan) -> None:  # fmt: skip
     num_rows, columns = x.shape
     if given is not None:
-        width = min(_STATIC_COLUMNS, triton.next_power_of_2(columns))
+        width = min(_STATIC_COLUMNS, next_power_of_2(columns))
     else:
-        width = GROUP if rows.stride_group else triton.next_power_of_2(columns)
+        width = GROUP if rows.stride_group else next_power_of_2(columns)
     units = max(1, _ELEMENTS // width)
     Launcher(plan.kernels)(
-        name, quantize_kernel, triton.cdiv(num_rows * triton.cdiv(columns, width), units),
+        name, quantize_kernel, cdiv(num_rows * cdiv(columns, width), units),
         (x, rows.values, None if given is not None else rows.scale, given,
          *((None, None) if routing is None else routing[:2]),
          num_rows, problem.num_routes, columns, *x.stride(), rows.values.stride(0), *rows.strides),

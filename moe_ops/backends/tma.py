@@ -3,7 +3,6 @@
 A descriptor made on the host needs no scratch memory and no allocator, and a CUDA graph captures it like a pointer.
 """
 
-import copy
 from collections.abc import Iterator
 
 from torch import Tensor
@@ -65,8 +64,9 @@ def _descriptor(base: Tensor, shape: tuple[int, ...], strides: tuple[int, ...], 
         if len(_templates) >= _MAX_TEMPLATES:
             _templates.clear()
         _templates[key] = template
-    descriptor = copy.copy(template)
-    descriptor.base = base
+    # As copy.copy does, in a tenth of its time.
+    descriptor = object.__new__(TensorDescriptor)
+    descriptor.__dict__ = {**template.__dict__, "base": base}
     return descriptor
 
 

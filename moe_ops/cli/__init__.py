@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 
 from moe_ops.cli import aot, bench, doctor, env, explain, traffic, tune
-from moe_ops.cli.options import UsageError
+from moe_ops.cli.options import HelpFormatter, UsageError
 
 _COMMANDS = (env, explain, doctor, tune, bench, aot, traffic)
 
@@ -22,7 +22,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="python -m moe_ops",
         description="Tools of the moe_ops operator. Each has a --help of its own.",
-        epilog="New here? `doctor` checks the installation, `explain` says how calls of a model would run.",
+        epilog="New here? `doctor` checks the installation, `explain` says how calls of a model would run. Exit "
+        "status: 0; 2 where arguments are wrong, which one line says; 1 where something else is.",
+        formatter_class=HelpFormatter,
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for command in _COMMANDS:

@@ -1,6 +1,7 @@
 """`python -m moe_ops aot`: kernels and launch tables for the C++ library. Needs no GPU."""
 
 import argparse
+import json
 import sys
 import time
 from pathlib import Path
@@ -10,12 +11,17 @@ import torch
 from moe_ops.aot.calls import call_text
 from moe_ops.arguments import Arguments
 from moe_ops.cli.calls import SHAPES, parse_shape
-from moe_ops.cli.options import UsageError
+from moe_ops.cli.options import HelpFormatter, UsageError, positive
 from moe_ops.devices import Device
 
 # What dispatch has to know of the devices of an architecture: their name, and shared memory of a block.
 _ARCHITECTURES = {90: ("Hopper", 227 * 1024)}
 _H100_MULTIPROCESSORS = 132
+
+_EXAMPLES = """examples:
+  python -m moe_ops aot --shapes mixtral-8x7b --out build/cpp
+  python -m moe_ops aot --shapes 8,2,4096,14336 128,8,2048,768 --tokens 1-256 --out build/cpp
+  MOE_OPS_AOT=build/cpp build/cpp/run_package block.pt2 ...           (docs/cpp.md)"""
 
 
 def add_parser(commands) -> None:
@@ -26,6 +32,8 @@ def add_parser(commands) -> None:
         description="Compiles the kernels that calls launch, and writes machine code and launch tables into a folder, "
         "which the C++ library (csrc_stubs/) reads where MOE_OPS_AOT names it. No GPU is needed. Calls of other shapes "
         "may be in the folder already, and stay.",
+        epilog=_EXAMPLES,
+        formatter_class=HelpFormatter,
     )
     parser.add_argument("--arch", type=int, choices=sorted(_ARCHITECTURES), default=90, help="compute capability: 90")
     parser.add_argument(
@@ -36,10 +44,11 @@ def add_parser(commands) -> None:
     parser.add_argument("--dtype", choices=("bfloat16", "float16"), default="bfloat16", help="of E,TOPK,H,I")
     parser.add_argument("--tokens", type=_tokens, default=(1, 4096), metavar="FIRST-LAST", help="default: 1-4096")
     parser.add_argument(
-        "--multiprocessors", type=int, default=_H100_MULTIPROCESSORS, metavar="N",
+        "--multiprocessors", type=positive, default=_H100_MULTIPROCESSORS, metavar="N",
         help="of the GPU (default: 132, those of an H100 SXM and an H200)",
     )  # fmt: skip
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the results")
+    parser.add_argument("--json", action="store_true", help="print JSON at the end instead of a line for each table")
     parser.set_defaults(run=run)
 
 
@@ -53,6 +62,7 @@ def run(options: argparse.Namespace) -> int:
     name, shared_memory = _ARCHITECTURES[options.arch]
     capability = divmod(options.arch, 10)
     device = Device("cuda", name, capability, options.multiprocessors, shared_memory, triton.__version__, True)
+    tables = []
     for shape in options.shapes:
         start = time.perf_counter()
         try:
@@ -60,10 +70,17 @@ def run(options: argparse.Namespace) -> int:
             path = write_table(options.out, text, *options.tokens, device)
         except (ValueError, TypeError) as error:
             raise UsageError(f"--shapes {shape}: {error}") from error
+        except OSError as error:
+            raise UsageError(f"--out {options.out} cannot be written: {error.strerror}") from error
         except RuntimeError as error:
             print(f"error: {error}", file=sys.stderr)
             return 1
-        print(f"{path}  {time.perf_counter() - start:.0f} s  {text}", flush=True)
+        seconds = time.perf_counter() - start
+        tables.append({"table": str(path), "seconds": round(seconds, 1), "call": text})
+        if not options.json:
+            print(f"{path}  {seconds:.0f} s  {text}", flush=True)
+    if options.json:
+        print(json.dumps(tables, indent=1))
     return 0
 
 

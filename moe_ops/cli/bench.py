@@ -15,12 +15,22 @@ from moe_ops.cli.calls import ROUTINGS, SHAPES, TOKENS, make_calls
 from moe_ops.cli.export import compare, load_record, write_csv, write_markdown
 from moe_ops.cli.formats import FORMATS
 from moe_ops.cli.measure import OURS, measure, start_session
-from moe_ops.cli.options import add_shape_options, chosen_shapes, positive, token_counts
+from moe_ops.cli.options import (
+    HelpFormatter,
+    add_dtype_option,
+    add_format_option,
+    add_shape_options,
+    add_tokens_option,
+    check_files,
+    chosen_shapes,
+    positive,
+)
 from moe_ops.cli.peers import PEERS
 from moe_ops.cli.progress import Progress
 from moe_ops.cli.recorded import beside, check_recorded, load_peers
 
-DEFAULT_VARIANTS = (*OURS, "grouped_mm")
+_PATHS = ("tma", "classic")
+DEFAULT_VARIANTS = (*_PATHS, "grouped_mm")
 _DEVICE = "cuda"
 
 
@@ -38,29 +48,41 @@ def add_parser(commands) -> None:
         "rate is the one in the limits.",
         epilog="examples:\n  python -m moe_ops bench --model qwen3-30b-a3b --tokens 1,64,4096\n"
         "  python -m moe_ops bench --model deepseek-v3 --tp 8 --format fp8_block --stages --json now.json\n"
+        "  python -m moe_ops bench --common --variant heuristic --variant tuned --markdown tiles.md\n"
         "  python -m moe_ops bench --shape 8,2,4096,14336 --compare before.json --markdown table.md --plot plots",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=HelpFormatter,
     )
-    add_shape_options(parser, "default, without --model: all named")
-    parser.add_argument("--tokens", type=token_counts, default=TOKENS, help="token counts, comma-separated")
-    parser.add_argument(
-        "--routing", action="append", choices=ROUTINGS, help="how tokens choose experts; repeatable (default: uniform)"
+    calls = parser.add_argument_group("calls to time")
+    add_shape_options(calls, "default, without --model and --common: all named")
+    add_tokens_option(calls, TOKENS)
+    calls.add_argument(
+        "--routing", action="append", choices=ROUTINGS, metavar="NAME",
+        help=f"how tokens choose experts: {', '.join(ROUTINGS)}; repeatable (default: uniform)",
+    )  # fmt: skip
+    add_dtype_option(calls)
+    add_format_option(calls)
+    what = parser.add_argument_group("what is timed")
+    variants = f"{', '.join((*OURS, *PEERS))}; repeatable (default: {' '.join(DEFAULT_VARIANTS)}; with --format "
+    variants += (
+        f"{' '.join(_PATHS)}). tma and classic are our paths; heuristic is the op without a table of tuned tiles, "
     )
-    variants = f"{', '.join((*OURS, *PEERS))}; repeatable (default: {' '.join(DEFAULT_VARIANTS)}; with --format ours)"
-    parser.add_argument("--variant", action="append", choices=(*OURS, *PEERS), metavar="NAME", help=variants)
-    parser.add_argument("--peers", action="store_true", help="add every peer that can be imported")
-    parser.add_argument("--recorded", metavar="FILE", help="show the best of the peers recorded in FILE")
-    parser.add_argument("--stages", action="store_true", help="time quantize, route, up, down and combine alone too")
-    parser.add_argument("--dtype", choices=("bfloat16", "float16"), default="bfloat16")
-    formats = f"of the weights: none, {', '.join(FORMATS)} (default: none); not for peers in the same rounds"
-    parser.add_argument("--format", choices=("none", *FORMATS), default="none", metavar="NAME", help=formats)
-    parser.add_argument("--rounds", type=positive, default=15, help="samples per cell and variant")
-    parser.add_argument("--eager", action="store_true", help="time eager calls instead of CUDA graphs")
-    parser.add_argument("--json", metavar="FILE", help="write everything measured to FILE, after every cell")
-    parser.add_argument("--csv", metavar="FILE", help="write a line for each cell and variant to FILE, at the end")
-    parser.add_argument("--markdown", metavar="FILE", help="write a Markdown table to FILE, at the end")
-    parser.add_argument("--compare", metavar="FILE", help="compare with the --json FILE of another run, at the end")
-    parser.add_argument("--plot", metavar="DIR", help="write plots to DIR (needs matplotlib)")
+    what.add_argument(
+        "--variant", action="append", choices=(*OURS, *PEERS), metavar="NAME",
+        help=variants + "tuned with one where there is one; the others are peers, for unquantised weights",
+    )  # fmt: skip
+    what.add_argument("--peers", action="store_true", help="add every peer that can be imported")
+    what.add_argument("--stages", action="store_true", help="time quantize, route, up, down and combine alone too")
+    what.add_argument(
+        "--rounds", type=positive, default=15, metavar="N", help="samples per cell and variant (default: 15)"
+    )
+    what.add_argument("--eager", action="store_true", help="time eager calls instead of CUDA graphs")
+    output = parser.add_argument_group("output")
+    output.add_argument("--recorded", metavar="FILE", help="show the best of the peers recorded in FILE beside ours")
+    output.add_argument("--json", metavar="FILE", help="write everything measured to FILE, after every cell")
+    output.add_argument("--csv", metavar="FILE", help="write a line for each cell and variant to FILE, at the end")
+    output.add_argument("--markdown", metavar="FILE", help="write a Markdown table to FILE, at the end")
+    output.add_argument("--compare", metavar="FILE", help="compare with the --json FILE of another run, at the end")
+    output.add_argument("--plot", metavar="DIR", help="write plots to DIR, at the end (needs matplotlib)")
     parser.set_defaults(run=run)
 
 
@@ -102,6 +124,8 @@ def run(options: argparse.Namespace) -> int:
                 progress.advance()
             del args  # the next shape's weights are made after this
     print(table.differences(record["cells"]))
+    for line in table.tiles(record["cells"]):
+        print(line)
     if form is not None:
         print(table.oracle(record["cells"]))
     if before is not None:
@@ -122,7 +146,7 @@ def choose_variants(options: argparse.Namespace) -> tuple[list[str], dict[str, s
     Raises:
         ValueError: nothing of it can run.
     """
-    asked = list(dict.fromkeys(options.variant or (DEFAULT_VARIANTS if options.format == "none" else OURS)))
+    asked = list(dict.fromkeys(options.variant or (DEFAULT_VARIANTS if options.format == "none" else _PATHS)))
     if options.format != "none" and (options.peers or set(asked) & set(PEERS)):
         name = "--peers" if options.peers else f"--variant {next(name for name in asked if name in PEERS)}"
         raise ValueError(f"{name} multiplies unquantised weights; leave out --format, or pass --recorded")
@@ -146,10 +170,7 @@ def check_options(options: argparse.Namespace, variants: list[str]) -> dict | No
         raise ValueError(f"{name} is about CUDA graphs; leave out --eager")
     if options.stages and not set(OURS) & set(variants):
         raise ValueError(f"--stages times paths of ours; add --variant {OURS[0]}")
-    for name in ("json", "csv", "markdown"):
-        file = getattr(options, name)
-        if file and (Path(file).is_dir() or not Path(file).absolute().parent.is_dir()):
-            raise ValueError(f"--{name} {file} cannot be written: it is a folder, or in one that is not there")
+    check_files(options, "json", "csv", "markdown")
     if options.plot:
         if not plots.available():
             raise ValueError(plots.MISSING)

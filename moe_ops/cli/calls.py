@@ -20,6 +20,8 @@ SHAPES: dict[str, Sizes] = {
     "gpt-oss-20b": (32, 4, 2880, 2880),
 }
 TOKENS = (1, 16, 64, 256, 1024, 4096, 16384)
+# The largest E, top_k, H, I or M that anything here is for.
+MAX_SIZE = 1 << 24
 ROUTINGS = ("uniform", "zipf", "one", "sparse")
 
 _ZIPF_EXPONENT = 1.2
@@ -41,6 +43,8 @@ def parse_shape(text: str) -> tuple[str, Sizes]:
         sizes = ()
     if len(sizes) != 4 or min(sizes) < 1:
         raise ValueError(f"{text!r} is neither E,TOPK,H,I, four numbers above 0, nor one of {', '.join(SHAPES)}")
+    if max(sizes) > MAX_SIZE:
+        raise ValueError(f"{text!r} has a number above {MAX_SIZE}")
     experts, top_k, hidden, intermediate = sizes
     if top_k > experts:
         raise ValueError(f"{text!r} asks {top_k} different experts of {experts}")

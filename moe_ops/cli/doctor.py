@@ -13,6 +13,7 @@ import torch
 
 from moe_ops import env
 from moe_ops.cli.env import DRIVER_FILE, driver_version
+from moe_ops.cli.options import HelpFormatter
 from moe_ops.cli.output import show_table
 from moe_ops.devices import describe, triton_facts
 from moe_ops.dispatch import tma_obstacle
@@ -51,7 +52,7 @@ def add_parser(commands) -> None:
         "has, and holds their results against the reference. Every finding that is not ok says what to do.",
         epilog="exit status: 0 if nothing is broken, 1 if something is.\n\nexamples:\n  python -m moe_ops doctor\n"
         "  python -m moe_ops doctor --json",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.set_defaults(run=run)

@@ -11,6 +11,7 @@ import torch
 
 import moe_ops
 from moe_ops import env
+from moe_ops.cli.options import HelpFormatter
 from moe_ops.cli.output import show_table
 from moe_ops.cli.problems import describe_call
 from moe_ops.devices import Device, describe, triton_facts
@@ -31,7 +32,7 @@ def add_parser(commands) -> None:
         description="Prints what a bug report needs: versions, the device, which paths and kernels can run a bf16 call "
         "there and why the others cannot, the MOE_OPS_* variables, and the tables of tuned tiles that were found.",
         epilog="examples:\n  python -m moe_ops env\n  python -m moe_ops env --json",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     parser.set_defaults(run=run)

@@ -9,7 +9,15 @@ import torch
 from moe_ops.cli.formats import FORMATS
 from moe_ops.cli.known import ARCHITECTURES, CARDS, Card, current_card, known_card
 from moe_ops.cli.limits import expected_work
-from moe_ops.cli.options import UsageError, add_format_option, add_shape_options, chosen_shapes, token_counts
+from moe_ops.cli.options import (
+    HelpFormatter,
+    UsageError,
+    add_dtype_option,
+    add_format_option,
+    add_shape_options,
+    add_tokens_option,
+    chosen_shapes,
+)
 from moe_ops.cli.output import show_table
 from moe_ops.cli.problems import describe_call
 from moe_ops.devices import describe
@@ -39,13 +47,16 @@ def add_parser(commands) -> None:
         "with what tiles, how much memory they take, and how long they take at least. It needs no GPU: --device names "
         "one that is not here.",
         epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=HelpFormatter,
     )
-    add_shape_options(parser, "one of --model and --shape is needed")
-    parser.add_argument("--tokens", type=token_counts, default=_TOKENS, help="token counts, comma-separated")
-    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
+    add_shape_options(parser, "one of --model, --common and --shape is needed")
+    add_tokens_option(parser, _TOKENS)
+    add_dtype_option(parser, "float32")
     add_format_option(parser)
-    parser.add_argument("--path", choices=("auto", "tma", "classic", "reference"), default="auto", help="as the op's")
+    parser.add_argument(
+        "--path", choices=("auto", "tma", "classic", "reference"), default="auto", metavar="NAME",
+        help="as the op's: auto, tma, classic, reference (default: auto)",
+    )  # fmt: skip
     parser.add_argument(
         "--device", metavar="NAME",
         help=f"of {', '.join((*CARDS, *ARCHITECTURES))}, or cpu (default: the current GPU, else the CPU)",
@@ -58,7 +69,7 @@ def run(options: argparse.Namespace) -> int:
     """Runs the command."""
     shapes = chosen_shapes(options)
     if not shapes:
-        raise UsageError("it needs a --model or a --shape; --help lists the known ones")
+        raise UsageError("it needs a --model, a --shape or --common; --help lists the known ones")
     card = find_card(options.device)
     form, dtype = FORMATS.get(options.format), getattr(torch, options.dtype)
     record = {"device": card.device.name, "dtype": options.dtype, "format": options.format, "calls": []}

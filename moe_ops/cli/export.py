@@ -4,6 +4,7 @@ import csv
 from pathlib import Path
 
 from moe_ops.cli.output import markdown_table, plain_table
+from moe_ops.cli.table import fastest_path, tiles
 from moe_ops.tuning.files import ConfigError, read_json
 
 _KEYS = ("device", "dtype", "cells")
@@ -27,20 +28,33 @@ def write_csv(record: dict, file: str | Path) -> None:
 
 
 def write_markdown(record: dict, file: str | Path) -> None:
-    """Writes a table with a row for each cell, below a line that says of what."""
-    names = list(dict.fromkeys(name for cell in record["cells"] for name in cell["ms"]))
+    """Writes a table with a row for each cell, below a line that says of what, and above what it comes to."""
+    cells = record["cells"]
+    names = list(dict.fromkeys(name for cell in cells for name in cell["ms"]))
     columns = ["shape", "routing", "M", *(f"{name} ms" for name in names), "limit ms", "bound"]
-    cells = [
+    rows = [
         [
             cell["shape"], cell["routing"], str(cell["tokens"]), *(_ms(cell["ms"].get(name)) for name in names),
             _ms(cell["limit_ms"]), cell["bound"],
         ]
-        for cell in record["cells"]
+        for cell in cells
     ]  # fmt: skip
+    if {"heuristic", "tuned"} <= set(names):
+        columns += ["heuristic / tuned", "tuned tiles"]
+        for row, cell in zip(rows, cells, strict=True):
+            row += [_ratio(cell["ms"].get("heuristic"), cell["ms"].get("tuned"))]
+            row += [cell["paths"].get("tuned", {}).get("tiles", "-")]
+    if any(cell.get("recorded") for cell in cells):
+        columns += ["best recorded peer", "its ms, scaled", "scaled / ours"]
+        for row, cell in zip(rows, cells, strict=True):
+            best, path = cell.get("recorded") or {}, fastest_path(cell)
+            row += [best.get("name", "-"), _ms(best.get("scaled_ms"))]
+            row += [_ratio(best.get("scaled_ms"), path and cell["ms"][path])]
     form = f", {record['format']}" if "format" in record else ""
     versions = f"torch {record['torch']}, triton {record['triton']}, {record['date']}"
-    head = f"{record['device']}, {versions}, {record['dtype']}{form}."
-    Path(file).write_text(f"{head}\n\n{markdown_table(columns, cells)}\n", encoding="utf-8")
+    text = [f"{record['device']}, {versions}, {record['dtype']}{form}.", markdown_table(columns, rows)]
+    text += [f"{line[0].upper()}{line[1:]}." for line in tiles(cells)]
+    Path(file).write_text("\n\n".join(text) + "\n", encoding="utf-8")
 
 
 def load_record(file: str | Path) -> dict:
@@ -91,3 +105,7 @@ def _geometric_mean(values: list[float]) -> float:
 
 def _ms(value: float | None) -> str:
     return "-" if value is None else f"{value:.4f}"
+
+
+def _ratio(value: float | None, other: float | None) -> str:
+    return f"{value / other:.3f}" if value and other else "-"

@@ -13,8 +13,16 @@ from moe_ops.cli import harness
 from moe_ops.cli.check import Check, prepare_check
 from moe_ops.cli.limits import Rates, Work, stage_report, work_of
 from moe_ops.cli.peers import PEERS
+from moe_ops.devices import describe
+from moe_ops.dispatch import Plan, choose_path
+from moe_ops.problem import Problem, make_problem
+from moe_ops.testing import override
+from moe_ops.tuning.lookup import heuristic_tiles
+from moe_ops.tuning.table import Tiles
 
-OURS = ("tma", "classic")
+# Ours: a path with the tiles that a call gets there; the tiles of the heuristic, and those of a table where there is
+# one, on the path that a call takes.
+OURS = ("tma", "classic", "heuristic", "tuned")
 _T = TypeVar("_T")
 
 
@@ -119,14 +127,35 @@ def _check(args: Arguments) -> Check:
     return prepare_check(args, own_call(args, "auto")())
 
 
-def own_call(args: Arguments, path: str) -> harness.Call:
-    """The op on one of its paths."""
+def own_call(args: Arguments, name: str) -> harness.Call:
+    """The op on one of its paths ("auto" too), or as one of `OURS`."""
+    if name == "heuristic":
+        return forced(args, *_heuristic(args))
     op, tensors = torch.ops.moe_ops.fused_moe_tma, args.tensors()
+    path = "auto" if name == "tuned" else name
     if args.quantization == "none":
         values = tuple(tensors.values())
         return lambda: op(*values, path=path)
     options = {"quantization": args.quantization, "block_shape": args.block_shape, "path": path}
     return lambda: op(**tensors, **options)
+
+
+def forced(args: Arguments, path: str, tiles: Tiles) -> harness.Call:
+    """A call with these tiles, whatever the heuristic or a table says."""
+    call = own_call(args, path)
+
+    def run() -> torch.Tensor:
+        with override(path=path, variant=tiles.variant, config=(tiles.up, tiles.down)):
+            return call()
+
+    return run
+
+
+def _heuristic(args: Arguments) -> tuple[str, Tiles]:
+    """Path and tiles of a call without a table."""
+    problem, device = make_problem(args), describe(args.hidden_states.device)
+    path, _ = choose_path(problem, device)
+    return path, heuristic_tiles(problem, device, path)
 
 
 def _checked(name: str, args: Arguments, check: Check, session: Session, entries: _Entries) -> harness.Call:
@@ -139,23 +168,26 @@ def _checked(name: str, args: Arguments, check: Check, session: Session, entries
     return call
 
 
-def _plan(args: Arguments, path: str) -> tuple:
-    from moe_ops.testing import override
-
-    with override(path=path):
+def _plan(args: Arguments, name: str) -> tuple[Problem, Plan]:
+    """The plan of a call as one of `OURS`."""
+    if name == "heuristic":
+        path, tiles = _heuristic(args)
+        with override(path=path, variant=tiles.variant, config=(tiles.up, tiles.down)):
+            return plans.plan(args)
+    with override(path=None if name == "tuned" else name):
         return plans.plan(args)
 
 
-def _stages(path: str, args: Arguments, check: Check) -> dict[str, harness.Call]:
-    backend = importlib.import_module(f"moe_ops.backends.{path}")
-    problem, plan = _plan(args, path)
+def _stages(name: str, args: Arguments, check: Check) -> dict[str, harness.Call]:
+    problem, plan = _plan(args, name)
+    backend = importlib.import_module(f"moe_ops.backends.{plan.path}")
     out = torch.full_like(check.expected, float("nan"))
     stages = harness.capture_stages(lambda: backend.stages(args, problem, plan, out))
     out.fill_(float("nan"))  # the warming-up wrote it already
     for replay in stages.values():
         replay()
     check.difference(out)
-    return {f"{path}.{stage}": replay for stage, replay in stages.items()}
+    return {f"{name}.{stage}": replay for stage, replay in stages.items()}
 
 
 def _cell(
@@ -189,6 +221,7 @@ def _cell(
         padded = work.padded_rows(plan.block_m)
         cell["paths"][path] = {
             "variant": plan.variant,
+            "tiles": "heuristic" if path == "heuristic" or plan.source == "heuristic" else "table",
             "block_m": plan.block_m,
             "padded_rows": padded,
             "padded_limit_ms": work.limit(rates, padded)[0],

@@ -1,14 +1,18 @@
-"""A run's plots: latency and fraction of the limit over M, a PNG for each shape and routing."""
+"""A run's plots: latency and fraction of the limit over M for each shape and routing, and what tuned tiles gain."""
 
 import importlib.util
+import math
 from pathlib import Path
 
 MISSING = "--plot needs matplotlib: pip install moe-ops-tma[bench]"
 
-_OURS = ("tma", "classic")
-# The colours of Okabe and Ito, which people who see fewer colours can tell apart.
-_COLORS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#A89F00", "#000000")
-_MARKERS = "osD^vPX<"
+# Okabe and Ito's colours, which all eyes tell apart (https://jfly.uni-koeln.de/color/), and a shape for each.
+COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+_OURS = ("tma", "classic", "heuristic", "tuned")
+_RECORDED = "best peer (recorded)"
+# Percent at which the colours of gains end: what the heuristic is meant to stay within.
+_MOST_GAIN = 10
 
 
 def available() -> bool:
@@ -27,6 +31,14 @@ def plot(record: dict, folder: str | Path) -> list[Path]:
         file = Path(folder) / f"bench-{shape}-{routing}.png"
         _figure(record, f"{shape}, {routing} routing", cells).savefig(file, dpi=100)
         files.append(file)
+    pairs = {
+        (cell["shape"], cell["tokens"]): cell
+        for cell in record["cells"]
+        if cell.get("routing", "uniform") == "uniform" and cell["ms"].get("heuristic") and cell["ms"].get("tuned")
+    }
+    if pairs:
+        files.append(Path(folder) / "bench-tiles.png")
+        _tiles_figure(record, pairs).savefig(files[-1], dpi=100)
     return files
 
 
@@ -37,32 +49,79 @@ def describe_dtype(record: dict) -> str:
 
 def _figure(record: dict, what: str, cells: list[dict]):
     from matplotlib.figure import Figure
-    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
     figure = Figure(figsize=(13, 5.5), layout="constrained")
     latency, fraction = figure.subplots(1, 2)
     tokens = [cell["tokens"] for cell in cells]
     for label, style, milliseconds in _lines(cells):
         latency.plot(*_points(tokens, milliseconds), label=label, **style)
+        if label == _RECORDED:  # of other ceilings
+            continue
         reached = [ms and cell["limit_ms"] / ms for cell, ms in zip(cells, milliseconds, strict=True)]
         fraction.plot(*_points(tokens, reached), label=label, **style)
     latency.plot(tokens, [cell["limit_ms"] for cell in cells], color="black", linestyle=":", marker="_", label="limit")
     fraction.axhline(1.0, color="black", linestyle=":")
     latency.set(yscale="log", ylabel="milliseconds", title="Latency")
-    fraction.set(ylim=(0, None), ylabel="limit / time", title="Fraction of the limit")
+    fraction.set(ylim=(0, None), ylabel="limit / time", title="Roofline: how much of the time the limit explains")
+    for count, cell in zip(tokens, cells, strict=True):
+        fraction.annotate(
+            cell["bound"], (count, 0.01), xycoords=("data", "axes fraction"), ha="center", fontsize=8, color="0.35"
+        )
     for axes in (latency, fraction):
-        axes.set_xscale("log", base=2)
-        axes.set_xticks(tokens, [str(count) for count in tokens], minor=False)
-        axes.set_xlabel("M, tokens")
+        token_axis(axes, tokens)
         axes.grid(alpha=0.3)
-    latency.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))  # a decade may be all there is
-    latency.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-    latency.yaxis.set_minor_formatter(NullFormatter())
+    millisecond_axis(latency)
     handles, labels = latency.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=min(5, len(labels)))
-    versions = f"torch {record['torch']}, triton {record['triton']}"
+    figure.suptitle(f"{what}, {_head(record)}")
+    return figure
+
+
+def _head(record: dict) -> str:
     how = "eager calls" if record.get("mode") == "eager" else "CUDA graphs, cold L2"
-    figure.suptitle(f"{what}, {describe_dtype(record)}, {how}\n{record['device']}, {versions}, {record['date']}")
+    versions = f"torch {record['torch']}, triton {record['triton']}"
+    return f"{describe_dtype(record)}, {how}\n{record['device']}, {versions}, {record['date']}"
+
+
+def token_axis(axes, tokens: list[int]) -> None:
+    """Numbers of tokens, by their logarithm, with a tick for each that was measured."""
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(tokens, [str(count) for count in tokens], minor=False)
+    axes.set_xlabel("M, tokens")
+
+
+def millisecond_axis(axes) -> None:
+    """Milliseconds by their logarithm, as plain numbers; a decade may be all there is."""
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def _tiles_figure(record: dict, pairs: dict[tuple[str, int], dict]):
+    """What tuned tiles gain over the heuristic's, for each shape and number of tokens."""
+    from matplotlib.figure import Figure
+
+    shapes = list(dict.fromkeys(shape for shape, _ in pairs))
+    tokens = sorted({count for _, count in pairs})
+    figure = Figure(figsize=(4 + 0.9 * len(tokens), 2 + 0.33 * len(shapes)), layout="constrained")
+    axes = figure.subplots()
+    gains = [[math.nan] * len(tokens) for _ in shapes]
+    for (shape, count), cell in pairs.items():
+        row, column = shapes.index(shape), tokens.index(count)
+        gain = 100 * (cell["ms"]["heuristic"] / cell["ms"]["tuned"] - 1)
+        gains[row][column] = gain
+        style = {"color": "white" if gain < _MOST_GAIN / 2 else "black", "fontsize": 8}
+        if cell["paths"]["tuned"]["tiles"] == "table":
+            style |= {"fontweight": "bold", "fontsize": 9}
+        axes.text(column, row, f"{round(gain, 1) + 0.0:+.1f}", ha="center", va="center", **style)
+    image = axes.imshow(gains, cmap="cividis", vmin=0, vmax=_MOST_GAIN, aspect="auto")
+    axes.set_xticks(range(len(tokens)), [str(count) for count in tokens])
+    axes.set_yticks(range(len(shapes)), shapes)
+    axes.set_xlabel("M, tokens. Bold: a table has other tiles than the heuristic; elsewhere the difference is noise")
+    figure.colorbar(image, label="% that the heuristic's tiles take longer", extend="max")
+    figure.suptitle(f"The heuristic's tiles beside tuned ones, {_head(record)}", fontsize=10)
     return figure
 
 
@@ -71,13 +130,13 @@ def _lines(cells: list[dict]) -> list[tuple[str, dict, list[float | None]]]:
     names = dict.fromkeys(name for cell in cells for name in cell["ms"])
     lines = []
     for number, name in enumerate(names):
-        style = {"color": _COLORS[number % len(_COLORS)], "marker": _MARKERS[number % len(_MARKERS)], "markersize": 5}
-        style["linewidth"] = 2.4 if name in _OURS else 1.2
-        lines.append((name, style, [cell["ms"].get(name) for cell in cells]))
+        width = 2.4 if name in _OURS else 1.2
+        style = {"color": COLORS[number % len(COLORS)], "marker": MARKERS[number % len(MARKERS)], "markersize": 5}
+        lines.append((name, {**style, "linewidth": width}, [cell["ms"].get(name) for cell in cells]))
     recorded = [cell.get("recorded") or {} for cell in cells]
     if any(recorded):
         for label, key, color in (
-            ("best peer (recorded)", "ms", "0.35"),
+            (_RECORDED, "ms", "0.35"),
             ("best peer (recorded, scaled to this run)", "scaled_ms", "0.65"),
         ):
             style = {"color": color, "linestyle": "--", "marker": "x", "markersize": 4, "linewidth": 1.2}

@@ -28,6 +28,13 @@ def describe_call(
     Raises:
         ValueError: the op would refuse the call.
     """
+    return make_problem(describe_arguments(sizes, tokens, dtype, form, path, **options), traced=True)
+
+
+def describe_arguments(
+    sizes: Sizes, tokens: int, dtype: torch.dtype, form: Format | None = None, path: str = "auto", **options
+) -> Arguments:
+    """The arguments of a call, on tensors without memory; see `describe_call`."""
     experts, top_k, hidden, intermediate = sizes
 
     def empty(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
@@ -48,11 +55,10 @@ def describe_call(
         if form.static:
             arguments |= {name: empty(1, dtype=torch.float32) for name in ("a1_scale", "a2_scale")}
     ids = empty(tokens, top_k, dtype=torch.int32)
-    args = Arguments(
+    return Arguments(
         empty(tokens, hidden), topk_weights=empty(tokens, top_k, dtype=torch.float32), topk_ids=ids, path=path,
         **arguments, **options,
     )  # fmt: skip
-    return make_problem(args, traced=True)
 
 
 def _scales(form: Format, rows: int, columns: int) -> tuple[int, ...]:

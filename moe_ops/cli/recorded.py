@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+from moe_ops.cli.calls import SHAPES
+
 KEYS = ("dtype", "cublas_tflops", "stream_gbs", "cells")
 
 
@@ -67,7 +69,11 @@ def scale(cell: dict, peers: dict) -> float:
 
 def beside(cell: dict, peers: dict) -> dict | None:
     """The best recorded peer of a cell, as measured and scaled; None where there is none, or not for its routing."""
-    best = best_recorded(peers).get((cell["shape"], cell["tokens"]))
+    # The same sizes go by several names: "deepseek-v3-ep", and "deepseek-v3-ep8" of `--model deepseek-v3:ep8`.
+    sizes = tuple(cell.get("sizes", ()))
+    names = [cell["shape"], *(name for name, known in SHAPES.items() if known == sizes)]
+    recorded = best_recorded(peers)
+    best = next((recorded[name, cell["tokens"]] for name in names if (name, cell["tokens"]) in recorded), None)
     if best is None or cell.get("routing", "uniform") != "uniform":
         return None
     milliseconds, name = best

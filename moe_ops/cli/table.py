@@ -1,6 +1,8 @@
 """A run's lines of text: head, one row per cell, and below it stages and whatever went wrong."""
 
 _SHAPE, _TIME = 22, 14
+# What the heuristic may lack of tuned tiles, and what is noise between two runs of equal ones.
+_NEAR, _NOISE = 0.1, 0.02
 
 
 def header(variants: list[str], *, recorded: bool) -> str:
@@ -59,6 +61,23 @@ def _stage(name: str, stage: dict) -> str:
 def differences(cells: list[dict]) -> str:
     """The largest difference of each variant's results from ours."""
     return f"largest rms difference from ours: {_largest(cells, 'differences', '.1e')}"
+
+
+def tiles(cells: list[dict]) -> list[str]:
+    """How far the tiles of the heuristic are from tuned ones; nothing where a run has not timed both."""
+    pairs = [cell["ms"] for cell in cells if cell["ms"].get("heuristic") and cell["ms"].get("tuned")]
+    if not pairs:
+        return []
+    ratios = sorted(ms["heuristic"] / ms["tuned"] for ms in pairs)
+    near = sum(ratio <= 1 + _NEAR for ratio in ratios)
+    tables = sum(cell["paths"].get("tuned", {}).get("tiles") == "table" for cell in cells)
+    worse = sum(ratio < 1 - _NOISE for ratio in ratios)
+    return [
+        f"the heuristic's tiles take at most {_NEAR:.0%} longer than tuned ones in {near} of {len(ratios)} cells "
+        f"({near / len(ratios):.1%}), at the worst {max(ratios) - 1:.1%}; a table has other tiles in {tables}",
+        f"tuned tiles take over {_NOISE:.0%} longer than the heuristic's in {worse} of {len(ratios)} cells, "
+        f"at the worst {max(0.0, 1 / min(ratios) - 1):.1%}",
+    ]
 
 
 def oracle(cells: list[dict]) -> str:

@@ -13,7 +13,7 @@ _COLLECTIVES = 2
 class Network:
     """How fast the ranks reach each other; every rank sends and receives at once.
 
-    The defaults are what was measured between two H100 of one host (docs/distributed.md), and 400 Gbit/s for each GPU
+    The defaults are what was measured between two H100s of one host (docs/distributed.md), and 400 Gbit/s for each GPU
     between hosts.
 
     Attributes:
@@ -26,10 +26,10 @@ class Network:
         node_bandwidth: bytes per second that a rank sends to other nodes.
     """
 
-    bandwidth: float = 260e9
-    latency: float = 14e-6
-    handling: float = 15e-6
-    host_sync: float = 60e-6
+    bandwidth: float = 240e9
+    latency: float = 15e-6
+    handling: float = 20e-6
+    host_sync: float = 300e-6
     node_size: int | None = None
     node_bandwidth: float = 50e9
 

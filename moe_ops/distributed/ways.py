@@ -30,7 +30,7 @@ def gather(call: Call, max_tokens: int) -> Tensor:
     return out[: call.num_tokens].to(call.formats.out_dtype)
 
 
-def send_evenly(call: Call, capacity: int) -> tuple[Tensor, Tensor]:
+def send_evenly(call: Call, capacity: int) -> tuple[Tensor, Tensor | None]:
     """Each token to the ranks of its experts, `capacity` rows for each pair of ranks, and the partial sums back.
 
     Args:
@@ -38,13 +38,16 @@ def send_evenly(call: Call, capacity: int) -> tuple[Tensor, Tensor]:
         capacity: rows of each pair of ranks.
 
     Returns:
-        [M, H], NaN where a token found no room; and the rows of all ranks that found none, int32 [].
+        [M, H], NaN where a token found no room; and the rows of all ranks that found none, int64 [], or None where all
+        find some.
     """
     group, size = call.ep.group, call.ep.group.size
     placed = ep_place(call.topk_ids, call.ep.rank_of, call.ep.local_of, size, capacity)
     even = [capacity] * size
     arrived = group.all_to_all(call.pack(placed, size * capacity, capacity), even, even, _OUT)
-    lost = read_rows(arrived, call.formats.layout).lost[::capacity].sum()
+    lost = None
+    if capacity < call.ep.max_tokens:
+        lost = read_rows(arrived, call.formats.layout).lost[::capacity].sum()
     back = group.all_to_all(call.experts_on(arrived), even, even, _BACK)
     return ep_combine(back, placed[2], call.formats.out_dtype), lost
 

@@ -12,9 +12,8 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from moe_ops.env import LOGGER
-from moe_ops.integrations.translate import biases_of, name_of, options_of, weights_of
+from moe_ops.integrations.translate import NAME, biases_of, name_of, options_of, weights_of
 
-NAME = "moe_ops"
 _FALLBACK = "all_to_all"
 
 

@@ -15,9 +15,10 @@ from moe_ops.api import explain, fused_moe
 from moe_ops.dispatch import Plan
 from moe_ops.env import LOGGER
 from moe_ops.integrations import expert_parallel
-from moe_ops.integrations.translate import biases_of, name_of, options_of, weights_of
+from moe_ops.integrations.routers import fuse_routers
+from moe_ops.integrations.translate import NAME, biases_of, name_of, options_of, weights_of
 
-NAME = "moe_ops"
+__all__ = ["NAME", "experts_forward", "fp8_experts_forward", "fuse_routers", "plan_of", "register"]
 FALLBACK = "grouped_mm"
 _FLOOR = (5, 17)
 _LOGGED: set[type] = set()

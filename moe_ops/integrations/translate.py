@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+# Of the experts implementation.
+NAME = "moe_ops"
 # By name, so that importing this module imports neither transformers nor its models.
 _ACT_FNS = {
     "torch.nn.functional.silu": "silu",

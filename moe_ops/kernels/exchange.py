@@ -12,17 +12,19 @@ from moe_ops.kernels.route import local_experts
 _NO_ROOM = tl.constexpr(-2)
 
 
-@triton.jit(do_not_specialize=["num_tokens", "num_ids"])
+@triton.jit(do_not_specialize=["num_tokens", "num_ids", "num_chunks"])
 def first_slots_kernel(
-    ids_ptr, rank_of_ptr, local_of_ptr, ranks_ptr, local_ptr, first_ptr, counts_ptr, num_tokens, num_ids,
+    ids_ptr, rank_of_ptr, local_of_ptr, ranks_ptr, local_ptr, first_ptr, place_ptr, chunk_counts_ptr,
+    num_tokens, num_ids, num_chunks,
     TOP_K: tl.constexpr, NUM_RANKS: tl.constexpr, TOKENS: tl.constexpr, TOP_K_POW2: tl.constexpr,
     RANKS_POW2: tl.constexpr,
 ):  # fmt: skip
-    """Rank and local expert of every slot; first[m, k]: the rank again, in the first slot that a token has there.
+    """Rank and local expert of a chunk's slots; first[m, k]: the rank again, in the first slot that a token has there.
 
-    Integers are added to counts in any order: the sum is the same.
+    place[m, k] counts the first slots of that rank that come earlier in the chunk, chunk_counts[r, chunk] all of them.
     """
-    tokens = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
+    chunk = tl.program_id(0)
+    tokens = chunk.to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
     slots = tl.arange(0, TOP_K_POW2)
     offsets = tokens[:, None] * TOP_K + slots[None, :]  # [TOKENS, TOP_K_POW2]
     mask = (tokens < num_tokens)[:, None] & (slots < TOP_K)[None, :]
@@ -32,32 +34,44 @@ def first_slots_kernel(
     local = tl.load(local_of_ptr + experts, mask=known, other=-1)
     tl.store(ranks_ptr + offsets, tl.where(known, ranks, -1), mask=mask)
     tl.store(local_ptr + offsets, local, mask=mask)
-    earlier = tl.zeros((TOKENS, TOP_K_POW2), tl.int32)
+    repeated = tl.zeros((TOKENS, TOP_K_POW2), tl.int32)
     for step in tl.static_range(TOP_K):
         # The rank of slot `step`, for every slot behind it to compare with.
         other = tl.sum(tl.where(slots[None, :] == step, ranks, 0), 1)
-        earlier += ((ranks == other[:, None]) & (slots > step)[None, :]).to(tl.int32)
-    first = tl.where(known & (earlier == 0), ranks, NUM_RANKS)
-    tl.store(first_ptr + offsets, tl.where(first < NUM_RANKS, first, -1), mask=mask)
-    counts = tl.histogram(tl.reshape(first, (TOKENS * TOP_K_POW2,)), RANKS_POW2)
+        repeated += ((ranks == other[:, None]) & (slots > step)[None, :]).to(tl.int32)
+    first = tl.where(known & (repeated == 0), ranks, NUM_RANKS)
+    tl.store(first_ptr + offsets, first, mask=mask)
+    routes = tl.arange(0, TOKENS * TOP_K_POW2)
+    flat = tl.reshape(first, (TOKENS * TOP_K_POW2,))
+    earlier = (flat[None, :] == flat[:, None]) & (routes[None, :] < routes[:, None])
+    place = tl.reshape(tl.sum(earlier.to(tl.int32), 1), (TOKENS, TOP_K_POW2))
+    tl.store(place_ptr + offsets, place, mask=mask)
     bins = tl.arange(0, RANKS_POW2)
-    tl.atomic_add(counts_ptr + bins, counts, mask=(bins < NUM_RANKS) & (counts > 0), sem="relaxed")
+    tl.store(chunk_counts_ptr + bins.to(tl.int64) * num_chunks + chunk, tl.histogram(flat, RANKS_POW2),
+             mask=bins < NUM_RANKS)  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["num_routes", "capacity"])
-def spread_kernel(rows_ptr, first_ptr, counts_ptr, num_routes, capacity, NUM_RANKS: tl.constexpr,
-                  RANKS_POW2: tl.constexpr, ROUTES: tl.constexpr):  # fmt: skip
-    """Rows one rank behind the other -> rows of ranks that have `capacity` each; -2 past a rank's last row."""
-    routes = tl.program_id(0) * ROUTES + tl.arange(0, ROUTES)
-    mask = routes < num_routes
-    row = tl.load(rows_ptr + routes, mask=mask, other=-1)
-    rank = tl.load(first_ptr + routes, mask=mask, other=-1)
+@triton.jit(do_not_specialize=["num_routes", "num_chunks", "capacity"])
+def rows_kernel(rows_ptr, first_ptr, chunk_counts_ptr, counts_ptr, num_routes, num_chunks, capacity,
+                NUM_RANKS: tl.constexpr, RANKS_POW2: tl.constexpr, CHUNK: tl.constexpr,
+                ROUTES: tl.constexpr):  # fmt: skip
+    """Places within a chunk (rows_ptr, in place) -> rows of the send buffer; -1 for other slots than first ones.
+
+    Ranks' rows follow each other, or with a capacity start at its multiples, and are -2 past its end.
+    """
+    chunk, local = tl.program_id(0), tl.arange(0, ROUTES)
+    routes = chunk.to(tl.int64) * CHUNK + local
+    mask = (local < CHUNK) & (routes < num_routes)
+    first = tl.load(first_ptr + routes, mask=mask, other=NUM_RANKS)
+    kept = mask & (first < NUM_RANKS)
+    before = tl.load(chunk_counts_ptr + first.to(tl.int64) * num_chunks + chunk, mask=kept, other=0)
+    place = before + tl.load(rows_ptr + routes, mask=mask, other=0)
     bins = tl.arange(0, RANKS_POW2)
     counts = tl.load(counts_ptr + bins, mask=bins < NUM_RANKS, other=0)
-    before = tl.sum(tl.where(bins[None, :] < rank[:, None], counts[None, :], 0), 1)
-    place = row - before
-    spread = tl.where(place < capacity, rank * capacity + place, _NO_ROOM)
-    tl.store(rows_ptr + routes, tl.where(row >= 0, spread, -1), mask=mask)
+    start = tl.sum(tl.where(bins[None, :] < first[:, None], counts[None, :], 0), 1)
+    spread = tl.where(place < capacity, first * capacity + place, _NO_ROOM)
+    row = tl.where(capacity > 0, spread, start + place)
+    tl.store(rows_ptr + routes, tl.where(kept, row, -1), mask=mask)
 
 
 @triton.jit(do_not_specialize=["num_tokens", "num_rows", "num_experts", "capacity"])

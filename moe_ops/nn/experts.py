@@ -13,31 +13,19 @@ from moe_ops.arguments import Arguments
 from moe_ops.checks import require_name
 from moe_ops.devices import describe
 from moe_ops.dispatch import Plan, make_plan
-from moe_ops.nn.dtypes import keep_dtype
+from moe_ops.nn.moves import keep_dtype
+from moe_ops.nn.parallel import expert_parallel
 from moe_ops.problem import GATE_UP_LAYOUTS, make_problem
 from moe_ops.quantization import FORMATS, quantize_weights
 from moe_ops.quantization.scheme import WEIGHT_DTYPES, Scheme, scale_block, scale_shape
 
 if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
+
     from moe_ops.distributed import DistributedPlan, ExpertParallel
 
 _INT4_ZEROS, _INT8_ZERO, _E8M0_ONE = 0x88, 128, 127
-
-
-def _expert_parallel(group: Any, num_experts: int) -> "ExpertParallel | None":
-    """What runs the experts of all ranks; None where there is one."""
-    if group is None:
-        return None
-    # Waits for its first use: modules of one process need no process group.
-    from moe_ops.distributed import ExpertParallel
-
-    if not isinstance(group, ExpertParallel):
-        return ExpertParallel(group, num_experts)
-    if group.num_experts != num_experts:
-        raise ValueError(
-            f"num_experts is {num_experts}, but ep_group has a placement of {group.num_experts} experts; make it anew"
-        )
-    return group
 
 
 class FusedExperts(nn.Module):
@@ -118,7 +106,7 @@ class FusedExperts(nn.Module):
         routed_scaling_factor: float = 1.0,
         deterministic: bool = True,
         path: str = "auto",
-        ep_group: object | None = None,
+        ep_group: "ProcessGroup | DeviceMesh | ExpertParallel | None" = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -133,7 +121,7 @@ class FusedExperts(nn.Module):
         self.num_experts, self.hidden_size, self.intermediate_size = num_experts, hidden_size, intermediate_size
         self.activation, self.gate_up_layout = activation, gate_up_layout
         self.activation_alpha, self.activation_limit = activation_alpha, activation_limit
-        self.ep = _expert_parallel(ep_group, num_experts)
+        self.ep = expert_parallel(ep_group, num_experts)
         self.num_local_experts = num_experts if self.ep is None else len(self.ep.local_experts)
         self.quantization = quantization
         self.block_shape = None if block_shape is None else tuple(block_shape)
@@ -347,10 +335,11 @@ class FusedExperts(nn.Module):
             dtype = self.w1_bias.dtype
 
         if self.ep is not None:
-            like: dict[str, Any] = {"device": self.w1.device}
+            device = self.w1.device
             return self.ep.explain(
-                torch.empty(num_tokens, self.hidden_size, dtype=dtype, **like), self.w1, self.w2,
-                torch.empty(num_tokens, top_k, **like), torch.empty(num_tokens, top_k, dtype=torch.int32, **like),
+                torch.empty(num_tokens, self.hidden_size, dtype=dtype, device=device), self.w1, self.w2,
+                torch.empty(num_tokens, top_k, device=device),
+                torch.empty(num_tokens, top_k, dtype=torch.int32, device=device),
                 **self._tensors(), **self._options(),
             )  # fmt: skip
 

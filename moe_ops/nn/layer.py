@@ -1,7 +1,7 @@
 """`MoELayer`: router, experts and shared expert, from hidden states to hidden states."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -10,10 +10,16 @@ from torch.nn import functional
 from moe_ops.activations import ACTIVATIONS
 from moe_ops.api import topk_route
 from moe_ops.checks import require_name
-from moe_ops.nn.dtypes import keep_dtype
 from moe_ops.nn.experts import FusedExperts
+from moe_ops.nn.moves import keep_dtype
 from moe_ops.reference import nonlinearity
 from moe_ops.router import make_router
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
+
+    from moe_ops.distributed import ExpertParallel
 
 _SHARED_ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "silu_no_gate", "gelu_no_gate", "relu2_no_gate")
 
@@ -138,7 +144,7 @@ class MoELayer(nn.Module):
         router_dtype: torch.dtype | None = None,
         shared_intermediate_size: int | None = None,
         shared_gate: bool = False,
-        ep_group: object | None = None,
+        ep_group: "ProcessGroup | DeviceMesh | ExpertParallel | None" = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         **experts: Any,

@@ -21,6 +21,9 @@ _PROGRAMS, _PROGRAMS_LONG = 4, 1.5
 _SHORT_REDUCTION = 1024
 # Rows of an expert that are so few row blocks that a group of them has several experts in any case.
 _FEW_ROWS = 128
+# Rows an expert up to which a block of 64 holds most experts: they scatter around the mean by its root. Above, more and
+# more second blocks read the weights again; below, a block of 128 would multiply as much padding as rows.
+_ROWS_OF_64 = 60
 # I up to which an expert has so few columns that a second row block, which reads them again, costs more than padding.
 _SHORT_UP = 512
 
@@ -129,7 +132,7 @@ def _power_of_2(n: int) -> int:
 
 
 def _tma(rows: float, problem: Problem) -> tuple[TileConfig, TileConfig]:
-    """Swapped operands up to 48 rows: there the weights' bytes are all that counts, in many and deep loads."""
+    """Swapped operands up to 60 rows: there the weights' bytes are all that counts, in many and deep loads."""
     if rows <= 8:
         down = TileConfig(16, 64, 128, 4, 4, 4, True)
         if problem.intermediate_size <= _SHORT_REDUCTION:
@@ -142,7 +145,7 @@ def _tma(rows: float, problem: Problem) -> tuple[TileConfig, TileConfig]:
         return TileConfig(16, 64, 128, 4, 4, 3, True), down
     if rows <= 16 and problem.intermediate_size > _SHORT_UP:
         return TileConfig(32, 64, 128, 4, 4, 3, True), TileConfig(32, 64, 128, 4, 4, 4, True)
-    if rows <= 48:
+    if rows <= _ROWS_OF_64:
         return TileConfig(64, 64, 128, 4, 4, 3, True), TileConfig(64, 128, 64, 4, 4, 4, True)
     return TileConfig(128, 128, 64, 16, 8, 4), TileConfig(128, 256, 64, 16, 8, 4)
 

@@ -32,8 +32,6 @@ _SHOWN = 4000
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "own_process(**environment): runs in a process group of its own")
-    # pytest-xdist's own, for the processes without it.
-    config.addinivalue_line("markers", "xdist_group(name): tests of a group share a process")
 
 
 def pytest_collection_modifyitems(items):
@@ -65,10 +63,7 @@ def pytest_pyfunc_call(pyfuncitem):
 
 def _run_in_child(item, environment: dict[str, str]) -> tuple[int | None, str]:
     """Runs one test in a process group of its own: (its exit status, None if it was killed; its last output)."""
-    group = item.get_closest_marker("xdist_group")
-    # pytest-xdist adds the group to the name where it keeps groups together.
-    name = item.nodeid.removesuffix(f"@{group.args[0]}") if group else item.nodeid
-    command = [sys.executable, "-m", "pytest", "-q", "-rA", "-p", "no:cacheprovider", "-p", "no:xdist", name]
+    command = [sys.executable, "-m", "pytest", "-q", "-rA", "-p", "no:cacheprovider", "-p", "no:xdist", item.nodeid]
     with tempfile.TemporaryFile("w+", errors="replace") as log:
         process = subprocess.Popen(
             command, cwd=item.config.rootpath, env={**os.environ, **environment, _CHILD: "1"}, stdout=log,

@@ -1,7 +1,7 @@
 """Sizes past 2^31 and past the limits of grids, on every variant; some tokens are compared with the oracle.
 
-About 30 GiB at most; what does not fit is skipped. One process at a time has that much: with pytest-xdist run it with
-`--dist loadgroup`.
+About 30 GiB at most; what does not fit is skipped. One process at a time has that much: run this file by itself, with
+pytest-xdist `-n 1`, as `make test` does.
 """
 
 from dataclasses import dataclass, field, replace
@@ -17,7 +17,7 @@ INT32 = 2**31
 # Tokens compared with the oracle: so many at each end, and in between.
 LOOKED_AT = 16
 
-pytestmark = [pytest.mark.timeout(240), pytest.mark.xdist_group("big")]
+pytestmark = pytest.mark.timeout(240)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """The tuner on a GPU: a small run from end to end, and a worker that outlives what its candidates do."""
 
 import json
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -8,8 +9,8 @@ import torch
 import moe_ops
 from moe_ops import plans
 from moe_ops.cli import main
-from moe_ops.cli.tuner import worker
-from moe_ops.cli.tuner.calls import Call, tiles_to_json
+from moe_ops.cli.tuner import compiler, worker
+from moe_ops.cli.tuner.calls import PARTS, Call, tiles_to_json
 from moe_ops.cli.tuner.pool import Pool
 from moe_ops.devices import describe
 from moe_ops.dispatch import choose_path
@@ -72,16 +73,46 @@ def test_a_worker_outlives_tiles_that_no_multiprocessor_holds():
         return {"op": op, "call": asked.to_json(), "candidates": [tiles_to_json(t) for t in tiles], **more}
 
     requests = [
-        request("trial", own),
-        request("trial", Tiles("sorted", large, large)),
+        request("verify", Tiles("sorted", large, large)),
         request("race", own, Tiles("sorted", large, large), own, rounds=3),
         request("verify", own),
     ]
-    with Pool(worker.main, (None,), limit=120) as pool:
-        assert pool.hello()["device"]["name"] == torch.cuda.get_device_name()
-        trial, failed, race, verified = pool.run(requests, 1)
-    assert trial.error is None and trial.result["difference"] == 0
+    answers = []
+    with Pool(limit=120) as pool:
+        pool.open("device", worker.main, (None,))
+        assert pool.hello("device")["device"]["name"] == torch.cuda.get_device_name()
+        for one in requests:
+            pool.submit("device", one, answers.append)
+        while len(answers) < len(requests):
+            pool.step()
+    failed, race, verified = answers
     assert failed.error is not None and failed.culprit == 0
     assert race.error is None and race.result[1] is None and list(race.failed) == [1]
     assert race.result[0] > 0 and race.result[2] == pytest.approx(race.result[0], rel=1)
     assert verified.error is None and 0 < verified.result["rms"] < 0.01
+
+
+@pytest.mark.timeout(300)
+def test_what_was_compiled_ahead_is_not_compiled_again():
+    """A process without the device fills Triton's cache with the very kernels that the call then asks it for."""
+    from triton import knobs
+
+    asked = call(tokens=48)
+    device = describe(torch.device("cuda", 0))
+    own = heuristic_tiles(asked.problem(), device, asked.path)
+    other = Tiles(own.variant, replace(own.up, group_m=3), replace(own.down, group_m=3))  # no other test's
+    answers = []
+    with Pool(limit=120) as pool:
+        pool.open("compile", compiler.main, (None, asdict(device)), 2)
+        for part in PARTS:
+            one = {"op": "compile", "call": asked.to_json(), "candidates": [tiles_to_json(other)], "part": part}
+            pool.submit("compile", one, answers.append)
+        while len(answers) < len(PARTS):
+            pool.step()
+    assert [answer.error for answer in answers] == [None] * len(PARTS)
+    args = random_inputs(num_tokens=48, dtype=torch.bfloat16, device="cuda", **SIZES)
+    hits = []
+    with knobs.compilation.scope():
+        knobs.compilation.listener = lambda *_, cache_hit, **__: hits.append(cache_hit)
+        worker.forced(args, asked.path, other)()
+    assert len(hits) >= 2 and all(hits)

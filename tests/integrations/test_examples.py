@@ -15,8 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 BROKEN = """
 import runpy, sys
 import moe_ops.integrations.transformers as integration
-right = integration.fused_moe
-integration.fused_moe = lambda *args, **kwargs: right(*args, **kwargs) * 1.1
+integration.fused_moe = lambda *args, right=integration.fused_moe, **kwargs: right(*args, **kwargs) * 1.1
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
@@ -111,6 +110,28 @@ def test_hf_generate():
 
     done = run("-c", BROKEN, example, "gpt_oss", "--device", "cpu", "--tokens", "5")
     assert "logits differ by" in done.stdout and done.returncode == 1, done.stderr
+
+
+def test_serve_block():
+    pytest.importorskip("transformers", minversion="5.17")
+    example = ROOT / "examples" / "serve_block.py"
+    done = run(example, "--device", "cpu")
+    assert done.returncode == 0, done.stderr
+    rows = re.findall(r"^(\w+) +(\d+) tokens/s \((.+)\); logits differ by (\S+), (.*)$", done.stdout, re.M)
+    assert [row[0] for row in rows] == ["eager", "grouped_mm", "batched_mm", "moe_ops"]
+    assert [row[2] for row in rows] == ["not compiled", "compiled", "compiled", "compiled"]
+    assert all(int(row[1]) > 0 and row[4] == "2 of 2 first tokens the same" for row in rows)
+    assert done.stdout.endswith("logits: agree (allowed: 1e-04)\n")
+
+
+@in_full
+def test_serve_block_says_what_is_wrong():
+    pytest.importorskip("transformers", minversion="5.17")
+    example = ROOT / "examples" / "serve_block.py"
+    done = run("-c", BROKEN, example, "--device", "cpu")
+    assert "logits: DISAGREE" in done.stdout and done.returncode == 1, done.stderr
+    done = run(example, "--backend", "none")
+    assert done.returncode == 2 and "--backend 'none' is none of torch.compile's" in done.stderr
 
 
 @in_full

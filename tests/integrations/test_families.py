@@ -15,7 +15,8 @@ from tests.amount import in_full
 
 PAGE = (Path(__file__).parents[2] / "docs" / "models.md").read_text()
 ROWS = {
-    row[0]: families.Verdict(*row) for row in re.findall(r"^\| `(\w+)` \| `(\w*)` \| ([\w ]+) \| (.*) \|$", PAGE, re.M)
+    row[0]: families.Verdict(*row)
+    for row in re.findall(r"^\| `(\w+)` \| `(\w*)` \| ([\w ]+) \| (\w+) \| (.*) \|$", PAGE, re.M)
 }
 SAME_VERSION = f"with transformers {transformers.__version__}.\n" in PAGE
 # Routers, gates, weight layouts and attentions of every kind.
@@ -124,4 +125,10 @@ def test_verdict_of_what_cannot_be_built(monkeypatch):
     monkeypatch.setattr(families, "build", build)
     verdict, model = families.verdict_of("mixtral")
     assert model is None
-    assert dataclasses.astuple(verdict) == ("mixtral", "MixtralForCausalLM", "not built", "ValueError: too large")
+    assert dataclasses.astuple(verdict) == (
+        "mixtral",
+        "MixtralForCausalLM",
+        "not built",
+        "own",
+        "ValueError: too large",
+    )

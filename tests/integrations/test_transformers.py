@@ -1,7 +1,8 @@
 """transformers models whose experts run through the op, against the same models with transformers' own experts."""
 
 import functools
-import importlib
+import importlib.util
+import inspect
 import logging
 import sys
 
@@ -154,6 +155,8 @@ def test_from_pretrained(tmp_path, calls):
 
 @pytest.mark.parametrize("package", [name for name in CLASSES if name not in ("qwen3_moe", "nemotron_h")])
 def test_gates_of_models(package, calls):
+    if importlib.util.find_spec(f"transformers.models.{package}") is None:
+        pytest.skip(f"transformers {transformers.__version__} has no {package}")
     module = make_experts(package)
     inputs = make_inputs()
     loose = run(module, "eager", *inputs)
@@ -328,7 +331,10 @@ def test_fallback(make, reason, calls, caplog):
 def test_fallback_differs_from_the_op():
     """Test_fallback's modules are ones that the op would get wrong."""
     plain = run(make_experts("qwen3_moe"), "moe_ops", *make_inputs())
-    for module in (of_class(OtherGate), of_class(WrappedGate), with_instance_gate(), with_hook(), with_post_norm()):
+    modules = [of_class(OtherGate), of_class(WrappedGate), with_instance_gate(), with_hook()]
+    if "post_expert_norm" in inspect.getsource(ALL_EXPERTS_FUNCTIONS["grouped_mm"]):  # newer than transformers 5.17
+        modules.append(with_post_norm())
+    for module in modules:
         assert (run(module, "moe_ops", *make_inputs()) - plain).abs().max() > 1e-2
 
 

@@ -14,9 +14,10 @@ DEVICE = {
 }  # fmt: skip
 
 
-def matches(rule: dict, candidate: dict) -> bool:
-    """Whether a candidate is what a rule is about: {"up.num_stages": 5}."""
-    return all(candidate[path.split(".")[0]][path.split(".")[1]] == value for path, value in rule.items())
+def matches(rule: dict, candidate: dict, part: str | None) -> bool:
+    """Whether a candidate, or a part of it, is what a rule is about: {"up.num_stages": 5}."""
+    keys = {tuple(path.split(".")): value for path, value in rule.items()}
+    return all(part in (None, which) and candidate[which][name] == value for (which, name), value in keys.items())
 
 
 def milliseconds(candidate: dict) -> float:
@@ -25,7 +26,7 @@ def milliseconds(candidate: dict) -> float:
     return 1.0 - 0.3 * up["swap_ab"] - 0.1 * min(up["num_stages"], 4) - 0.05 * (down["group_m"] >= 32)
 
 
-def main(connection, log: str | None = None) -> None:
+def main(connection, log: str, device: dict | None = None) -> None:
     settings = json.loads(Path(log).read_text())
     if settings.get("no_start"):
         os._exit(7)
@@ -46,7 +47,7 @@ def main(connection, log: str | None = None) -> None:
         for index, candidate in enumerate(request["candidates"]):
             send(event="begin", index=index)
             for what in ("crash", "hang", "fail", "wrong"):
-                if any(matches(rule, candidate) for rule in settings.get(what, ())):
+                if any(matches(rule, candidate, request.get("part")) for rule in settings.get(what, ())):
                     if what == "crash":
                         os._exit(3)
                     if what == "hang":

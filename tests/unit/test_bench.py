@@ -178,7 +178,7 @@ def fake_gpu(monkeypatch):
     def own_call(args, path):
         return call(args, path if path == "auto" else "reference")
 
-    plan = SimpleNamespace(variant="sorted", block_m=16)
+    plan = SimpleNamespace(variant="sorted", block_m=16, source="heuristic")
     call = measure.own_call
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Fake GPU")

@@ -39,7 +39,7 @@ def test_help_is_a_page(capsys, command):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["explain"], "needs a --model or a --shape"),
+        (["explain"], "needs a --model, a --shape or --common"),
         (["explain", "--model", "gpt-9"], "--model gpt-9: 'gpt-9' is neither a config.json nor one of mixtral-8x7b"),
         (["explain", "--model", "deepseek-v3", "--tp", "3"], "--tp 3 does not divide I = 2048"),
         (["explain", "--model", "deepseek-v3", "--ep", "3"], "--ep 3 does not divide E = 256"),

@@ -36,7 +36,7 @@ PLAN_NAMES = {"Plan", "row_stride"}
 # (module, group it imports in spite of its layer): only where the import waits for its first use.
 LAZY = {
     ("registration", "backends"), ("tuning.tuner", "backends"), ("nn.experts", "integrations"),
-    ("nn.experts", "distributed"),
+    ("nn.parallel", "distributed"),
 }  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""`python -m moe_ops tune` without a GPU: candidates, the search, workers that crash or hang, what a kill leaves."""
+"""`python -m moe_ops tune` without a GPU: candidates, the command with fake workers, what a kill leaves."""
 
 import itertools
 import json
@@ -8,7 +8,6 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,11 +17,9 @@ from hypothesis import strategies as st
 from moe_ops.cli import main, plots, tune
 from moe_ops.cli.formats import FORMATS
 from moe_ops.cli.known import CARDS, known_card
-from moe_ops.cli.tuner.calls import Call, tiles_from_json, tiles_to_json
+from moe_ops.cli.tuner import compiler
+from moe_ops.cli.tuner.calls import Call, tiles_from_json
 from moe_ops.cli.tuner.candidates import first_wave, second_wave
-from moe_ops.cli.tuner.journal import Journal
-from moe_ops.cli.tuner.pool import Answer, Pool, PoolError
-from moe_ops.cli.tuner.search import MARGIN, Search
 from moe_ops.dispatch import choose_path
 from moe_ops.tuning import lookup
 from moe_ops.tuning.lookup import heuristic_tiles
@@ -31,10 +28,7 @@ from moe_ops.tuning.table import load_table
 from tests.unit import fake_worker
 from tests.unit.test_cli import error_of, output_of
 from tests.unit.test_house import ROOT
-
-H200 = known_card("h200").device
-CALL = Call((8, 2, 256, 1024), 64, "bfloat16", "none", "tma")
-
+from tests.unit.test_tuner_search import CALL, H200
 
 # Candidates.
 
@@ -70,211 +64,6 @@ def test_the_second_wave_combines_the_best():
     assert second_wave(CALL.problem(), H200, "tma", [], wave) == []
 
 
-# The search.
-
-
-class FakeRunner:
-    """Answers by functions of the candidate; counts what it was asked."""
-
-    def __init__(self, ms=fake_worker.milliseconds, error=lambda op, candidate: None):
-        self.ms, self.error, self.asked = ms, error, []
-
-    def run(self, requests, *, alone, done):
-        for number, request in enumerate(requests):
-            assert alone == (request["op"] != "trial")
-            self.asked.append(request)
-            done(number, self.answer(request))
-
-    def answer(self, request) -> Answer:
-        for index, candidate in enumerate(request["candidates"]):
-            if error := self.error(request["op"], candidate):
-                return Answer(error=error, culprit=index)
-        if request["op"] == "race":
-            return Answer([self.ms(candidate) for candidate in request["candidates"]])
-        return Answer({})
-
-
-def search(tmp_path, runner, calls=(CALL,)):
-    founds = []
-    journal = Journal(tmp_path / "journal", {"device": "H200"})
-    Search(H200, runner, journal).run(calls, founds.append)
-    journal.close()
-    return founds
-
-
-OWN = heuristic_tiles(CALL.problem(), H200, "tma")
-
-
-def test_the_best_of_both_gemms_wins(tmp_path):
-    runner = FakeRunner()
-    (found,) = search(tmp_path, runner)
-    assert found.entry.tiles.up.num_stages == 4 and found.entry.tiles.down.group_m == 32
-    assert found.entry.ms < found.entry.heuristic_ms == fake_worker.milliseconds(tiles_to_json(OWN))
-    assert found.failed == {} and found.candidates == sum(request["op"] == "trial" for request in runner.asked)
-    verified = [request["candidates"][0] for request in runner.asked if request["op"] == "verify"]
-    assert verified == [tiles_to_json(found.entry.tiles)]
-
-
-def test_less_than_the_margin_is_noise(tmp_path):
-    own = tiles_to_json(OWN)
-    (found,) = search(tmp_path, FakeRunner(ms=lambda candidate: 1.0 if candidate == own else 1 - MARGIN * 0.9))
-    assert found.entry.tiles is None and found.entry.ms == found.entry.heuristic_ms == 1.0
-
-
-def test_a_win_has_to_happen_twice(tmp_path):
-    """Every race but the final ones says that something is twice as fast."""
-    own = tiles_to_json(OWN)
-
-    class Luck(FakeRunner):
-        def answer(self, request):
-            if request["op"] != "race":
-                return Answer({})
-            final = len(request["candidates"]) == 2
-            return Answer([1.0 if candidate == own or final else 0.5 for candidate in request["candidates"]])
-
-    (found,) = search(tmp_path, Luck())
-    assert found.entry.tiles is None
-
-
-def test_a_winner_that_is_wrong_is_not_taken(tmp_path):
-    def error(op, candidate):
-        return "rms error is above" if op == "verify" and candidate["down"]["group_m"] == 32 else None
-
-    (found,) = search(tmp_path, FakeRunner(error=error))
-    assert found.entry.tiles is None or found.entry.tiles.down.group_m != 32
-    assert any("wrong result: rms error is above" in reason for reason in found.failed.values())
-
-
-def test_a_candidate_that_takes_a_race_with_it_is_left_out(tmp_path):
-    def error(op, candidate):
-        return "its process ended" if op == "race" and candidate["up"]["num_stages"] == 4 else None
-
-    (found,) = search(tmp_path, FakeRunner(error=error))
-    assert found.entry.tiles.up.num_stages == 5  # as fast as four, by the fake's formula
-    assert found.failed and set(found.failed.values()) == {"its process ended"}
-
-
-def test_a_heuristic_that_fails_is_said(tmp_path):
-    own = tiles_to_json(OWN)
-    (found,) = search(tmp_path, FakeRunner(error=lambda op, candidate: "broken" if candidate == own else None))
-    assert found.entry is None and found.error == "the heuristic's own tiles failed: broken"
-
-
-def test_calls_are_told_one_by_one(tmp_path):
-    calls = [replace(CALL, tokens=tokens) for tokens in (1, 64, 4096)]
-    founds = search(tmp_path, FakeRunner(), calls)
-    assert [found.call.tokens for found in founds] == [1, 64, 4096]
-    assert all(found.entry is not None for found in founds)
-
-
-def test_what_the_journal_has_is_not_asked_again(tmp_path):
-    first, second = FakeRunner(), FakeRunner()
-    founds = search(tmp_path, first)
-    assert search(tmp_path, second)[0].entry == founds[0].entry
-    assert second.asked == []
-
-
-def test_what_failed_without_a_candidate_is_asked_again(tmp_path):
-    class Full(FakeRunner):
-        def answer(self, request):
-            return Answer(error="out of memory")
-
-    assert search(tmp_path, Full())[0].entry is None
-    assert search(tmp_path, FakeRunner())[0].entry is not None
-
-
-# The journal.
-
-
-def test_a_journal_survives_what_cuts_it_off(tmp_path):
-    file, head = tmp_path / "folder" / "journal", {"device": "H200"}
-    journal = Journal(file, head)
-    journal.put("a", 1)
-    journal.put("b", {"c": None})
-    journal.close()
-    content = file.read_bytes()
-    for length in range(len(content)):
-        file.write_bytes(content[:length])
-        journal = Journal(file, head)
-        journal.put("z", 2)
-        journal.close()
-        again = Journal(file, head)
-        assert again.get("z") == 2 and again.get("a") in (None, 1) and again.get("b") in (None, {"c": None})
-        again.close()
-    file.write_bytes(content + b"\xff[[{\n[1]\n")
-    journal = Journal(file, head)
-    assert len(journal) == 2 and journal.get("b") == {"c": None}
-    journal.remove()
-    assert not file.exists()
-
-
-def test_a_journal_of_other_versions_is_begun_anew(tmp_path):
-    journal = Journal(tmp_path / "journal", {"triton": "3.6"})
-    journal.put("a", 1)
-    journal.close()
-    assert len(Journal(tmp_path / "journal", {"triton": "3.7"})) == 0
-
-
-# Workers.
-
-
-@pytest.fixture
-def start(tmp_path):
-    """Makes a pool of fake workers with settings; the file that they note their requests in is its second."""
-    pools = []
-
-    def make(limit=2.0, **values):
-        file = tmp_path / "settings.json"
-        file.write_text(json.dumps(values))
-        pools.append(Pool(fake_worker.main, (str(file),), limit=limit))
-        return pools[-1], Path(f"{file}.requests")
-
-    yield make
-    for pool in pools:
-        pool.shrink(0)
-
-
-def requests(wave, op="trial"):
-    return [{"op": op, "call": CALL.to_json(), "candidates": [tiles_to_json(tiles)]} for tiles in wave]
-
-
-WAVE = first_wave(CALL.problem(), H200, "tma")
-STAGES = [tiles.up.num_stages for tiles in WAVE]
-
-
-def test_workers_answer_in_order(start):
-    pool, noted = start()
-    assert pool.hello()["device"]["name"] == "Fake GPU"
-    asked = requests(WAVE, "race")
-    heard = []
-    answers = pool.run(asked, 2, lambda number, answer: heard.append(number))
-    assert [answer.result for answer in answers] == [[fake_worker.milliseconds(r["candidates"][0])] for r in asked]
-    assert sorted(heard) == list(range(len(asked))) and len(noted.read_text().splitlines()) == len(asked)
-    assert pool.run([], 2) == []
-
-
-def test_a_crash_and_a_hang_cost_only_themselves(start):
-    pool, _ = start(limit=1.0, crash=[{"up.num_stages": 5}], hang=[{"down.group_m": 32}], fail=[{"up.group_m": 32}])
-    answers = pool.run(requests(WAVE), 2)
-    kinds = {"its process ended with status 3": 0, "it hung for 1 s": 0, "RuntimeError: fail": 0, None: 0}
-    for tiles, answer in zip(WAVE, answers, strict=True):
-        kinds[answer.error] += 1
-        assert (answer.culprit is None) == (answer.error is None)
-        if tiles.up.num_stages == 5:
-            assert answer.error == "its process ended with status 3"
-        elif tiles.down.group_m == 32:
-            assert answer.error == "it hung for 1 s"
-        elif tiles.up.group_m == 32:
-            assert answer.error == "RuntimeError: fail"
-    assert min(kinds.values()) >= 1 and sum(kinds.values()) == len(WAVE)
-
-
-def test_workers_that_do_not_start(start):
-    pool, _ = start(no_start=True)
-    with pytest.raises(PoolError, match=r"3 workers in a row ended before they had done anything: .* status 7"):
-        pool.hello()
-
-
 # The command.
 
 
@@ -283,6 +72,7 @@ def tuner(monkeypatch, tmp_path):
     """The command with fake workers; gives a function that runs it with a folder of tables, and returns its status."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(tune.worker, "main", fake_worker.main)
+    monkeypatch.setattr(compiler, "main", fake_worker.main)
     monkeypatch.chdir(tmp_path)
     settings_file = tmp_path / "settings.json"
 
@@ -344,8 +134,8 @@ def test_what_is_tuned_is_not_tuned_again(tuner, capsys, tmp_path):
 def test_equal_experts_are_tuned_once(tuner, tmp_path):
     models = ["--model", "qwen3-30b-a3b", "--shape", "128,8,2048,768", "--shape", "qwen3-30b-a3b"]
     assert tuner(*models, "--tokens", "64") == 0
-    trials = [json.dumps(request, sort_keys=True) for request in asked(tmp_path) if request["op"] == "trial"]
-    assert len(trials) == len(set(trials)) and len(os.listdir(tmp_path / "tables" / "Fake_GPU")) == 1
+    requests = [json.dumps(request, sort_keys=True) for request in asked(tmp_path)]
+    assert len(requests) == len(set(requests)) and len(os.listdir(tmp_path / "tables" / "Fake_GPU")) == 1
 
 
 def test_a_broken_table_is_replaced(tuner, capsys, tmp_path):
@@ -366,9 +156,10 @@ SCRIPT = """
 if __name__ == "__main__":
     import sys, torch
     from moe_ops.cli import main, tune
+    from moe_ops.cli.tuner import compiler
     from tests.unit import fake_worker
     torch.cuda.is_available = lambda: True
-    tune.worker.main = fake_worker.main
+    tune.worker.main = compiler.main = fake_worker.main
     sys.exit(main(sys.argv[1:]))
 """
 
@@ -396,8 +187,8 @@ def test_a_kill_leaves_whole_files_and_the_next_run_goes_on(tmp_path):
         for table in folder.glob("E=*.json"):
             load_table(table, CALL.bucket)
     seen = file.read_text().splitlines()
-    # Each kill loses no more than what its workers were at.
-    assert len(seen) - len(set(seen)) <= 3 * 2
+    # Each kill loses no more than what its three workers were at.
+    assert len(seen) - len(set(seen)) <= 3 * 3
     assert os.listdir(folder) == [CALL.bucket.file_name]
     assert [entry.tokens for entry in load_table(folder / CALL.bucket.file_name).entries] == [1, 64]
 
@@ -405,7 +196,7 @@ def test_a_kill_leaves_whole_files_and_the_next_run_goes_on(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ([], "needs a --model or a --shape"),
+        ([], "needs a --model, a --shape or --common"),
         ([*SHAPE, "--device", "h200"], "--device is for --dry-run"),
         ([*SHAPE, "--dry-run", "--device", "h900"], "--device 'h900' is not a device that is known"),
         ([*SHAPE, "--dry-run", "--device", "a100", "--format", "fp8_block"], "fp8 needs 8.9"),
@@ -428,7 +219,8 @@ def test_a_folder_that_cannot_be_written(capsys, monkeypatch, tmp_path):
 
 def test_dry_run(capsys):
     text = output_of(capsys, "tune", *SHAPE, "--dry-run", "--device", "h200")
-    assert f"M = 64, on NVIDIA H200: the heuristic's, and {len(WAVE) - 1} others" in text
+    others = len(first_wave(CALL.problem(), H200, "tma")) - 1
+    assert f"M = 64, on NVIDIA H200: the heuristic's, and {others} others" in text
     assert text.count("direct") > 5
 
 

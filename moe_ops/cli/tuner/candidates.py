@@ -3,6 +3,9 @@
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
+from moe_ops.cli.known import like
+from moe_ops.cli.limits import expected_work
+from moe_ops.cli.tuner.calls import MOST_DIRECT_TOKENS
 from moe_ops.devices import Device
 from moe_ops.problem import Problem
 from moe_ops.tuning import TileConfig, tile_configs, variant_obstacle
@@ -15,10 +18,12 @@ from moe_ops.tuning.variants import expected_rows
 _GROUPS, _SORTED_GROUPS = (1, 4, 8, 16, 32), (1, 8, 32)
 # Numbers of tokens, as factors, whose tiles may suit this one: rows an expert are an estimate, and never even.
 _FACTORS = (0.25, 0.5, 2, 4)
-# Tokens up to which a call may do without a sort, and rows an expert from which the persistent kernels may pay.
-_MOST_DIRECT_TOKENS, _FEWEST_PERSISTENT_ROWS = 4, 12
+# Rows an expert from which the persistent kernels may pay.
+_FEWEST_PERSISTENT_ROWS = 12
 # Rows an expert up to which the general kernel may beat the persistent ones, and rows of a block that may be swapped.
 _MOST_SORTED_ROWS, _MOST_SWAPPED = 512, 64
+# A candidate whose least time, padding included, is so much above the heuristic's is not worth compiling.
+_HOPELESS = 1.5
 # Of the best candidates, and of the second wave at most.
 _COMBINED, _MOST_SECOND = 3, 16
 
@@ -32,13 +37,13 @@ def first_wave(problem: Problem, device: Device, path: str) -> list[Tiles]:
         path: "tma" or "classic".
 
     Returns:
-        Tiles that fit the device, none twice; the heuristic's are the first.
+        Tiles that fit the device and may be fast, none twice; the heuristic's are the first.
     """
     own = heuristic_tiles(problem, device, path)
     others = [*_other_variants(problem, device, path, own), *_other_rows(problem, device, path)]
     changed = [Tiles(own.variant, up, own.down) for up in _neighbours(own.variant, own.up, device)]
     changed += [Tiles(own.variant, own.up, down) for down in _neighbours(own.variant, own.down, device)]
-    return _fitting([own, *others, *changed], problem, device, path)
+    return _promising(fitting([own, *others, *changed], problem, device, path), problem, device)
 
 
 def second_wave(
@@ -66,20 +71,33 @@ def second_wave(
     combined += [Tiles(best.variant, up, best.down) for up in _neighbours(best.variant, best.up, device)]
     combined += [Tiles(best.variant, best.up, down) for down in _neighbours(best.variant, best.down, device)]
     done = set(tried)
-    return [t for t in _fitting(combined, problem, device, path) if t not in done][:_MOST_SECOND]
+    return [t for t in fitting(combined, problem, device, path) if t not in done][:_MOST_SECOND]
 
 
-def _fitting(tiles: Iterable[Tiles], problem: Problem, device: Device, path: str) -> list[Tiles]:
+def fitting(tiles: Iterable[Tiles], problem: Problem, device: Device, path: str) -> list[Tiles]:
+    """Those tiles that fit the device, none twice."""
+
     def fits(t: Tiles) -> bool:
         return tuned_obstacle(problem, device, path, t.variant, t.up, t.down) is None
 
     return [t for t in dict.fromkeys(tiles) if fits(t)]
 
 
+def _promising(tiles: list[Tiles], problem: Problem, device: Device) -> list[Tiles]:
+    """Those whose padding does not make them hopeless beside the first, at the ceilings of the device's data sheet."""
+    card = like(device.name)
+    if card is None:
+        return tiles
+    work, scheme = expected_work(problem), problem.scheme
+    rates = card.rates(multiplies_bytes=scheme.row_dtype is not None)
+    least = [work.limit(rates, work.padded_rows(t.up.block_m))[0] for t in tiles]
+    return [t for t, ms in zip(tiles, least, strict=True) if ms <= _HOPELESS * least[0]]
+
+
 def _other_variants(problem: Problem, device: Device, path: str, own: Tiles) -> Iterator[Tiles]:
     rows = expected_rows(problem)
     plausible = {
-        "direct": problem.num_tokens <= _MOST_DIRECT_TOKENS,
+        "direct": problem.num_tokens <= MOST_DIRECT_TOKENS,
         "sorted": rows <= _MOST_SORTED_ROWS,
         "pingpong": rows >= _FEWEST_PERSISTENT_ROWS,
         "blockscaled": rows >= _FEWEST_PERSISTENT_ROWS,
@@ -93,7 +111,7 @@ def _other_rows(problem: Problem, device: Device, path: str) -> Iterator[Tiles]:
     for factor in _FACTORS:
         tokens = round(problem.num_tokens * factor)
         other = heuristic_tiles(replace(problem, num_tokens=max(2, tokens)), device, path)
-        if other.variant == "sorted" or problem.num_tokens > _MOST_DIRECT_TOKENS:
+        if other.variant == "sorted" or problem.num_tokens > MOST_DIRECT_TOKENS:
             yield other
 
 

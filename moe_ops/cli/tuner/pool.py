@@ -1,11 +1,12 @@
 """Worker processes that may crash or hang: each is told what to do, watched, killed when it is late, and replaced."""
 
+import heapq
+import itertools
 import json
 import multiprocessing
 import multiprocessing.connection
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 # From the start of a process to its first words, and to the end of preparing a call: imports, weights.
@@ -35,6 +36,9 @@ class Answer:
     failed: Mapping[int, str] = field(default_factory=dict)
 
 
+Done = Callable[[Answer], None]
+
+
 class _Worker:
     """One process, and what it is doing."""
 
@@ -46,15 +50,18 @@ class _Worker:
         theirs.close()  # ours to read from: only the child's end may keep it open
         self.hello: dict | None = None
         self.began = False
-        self.job: tuple[int, dict] | None = None
-        self.last_call: object = None
+        self.done: Done | None = None
         self.culprit: int | None = None
         self.failed: dict[int, str] = {}
         self.deadline = time.monotonic() + _START_SECONDS
 
-    def begin(self, number: int, request: dict) -> None:
-        self.job, self.culprit, self.failed = (number, request), None, {}
-        self.last_call = request.get("call")
+    @property
+    def busy(self) -> bool:
+        """Whether something is to be heard of it."""
+        return self.hello is None or self.done is not None
+
+    def begin(self, request: dict, done: Done) -> None:
+        self.done, self.culprit, self.failed = done, None, {}
         self.deadline = time.monotonic() + _START_SECONDS
         self.connection.send_bytes(json.dumps(request).encode())
 
@@ -68,147 +75,162 @@ class _Worker:
         return "its process could not be ended" if code is None else f"its process ended with status {code}"
 
 
+class Lane:
+    """Workers of one kind, and the requests that wait for one of them."""
+
+    def __init__(self, context, target: Callable, arguments: tuple, workers: int) -> None:
+        self._context, self._target, self._arguments, self._most = context, target, arguments, workers
+        self.workers: list[_Worker] = []
+        self._waiting: list[tuple[int, int, dict, Done]] = []
+        self._numbers = itertools.count()
+        # Workers in a row that ended before they had begun with any candidate.
+        self._fruitless = 0
+        self._last_end = ""
+
+    def put(self, order: int, request: dict, done: Done) -> None:
+        heapq.heappush(self._waiting, (order, next(self._numbers), request, done))
+
+    def start(self) -> None:
+        if self._fruitless >= _MAX_FRUITLESS:
+            raise PoolError(f"{self._fruitless} workers in a row ended before they had done anything: {self._last_end}")
+        self.workers.append(_Worker(self._context, self._target, self._arguments))
+
+    def give(self) -> None:
+        """Hands requests to workers that have nothing to do, and starts workers for the others."""
+        for worker in self.workers:
+            if self._waiting and not worker.busy:
+                _, _, request, done = heapq.heappop(self._waiting)
+                worker.begin(request, done)
+        starting = sum(worker.hello is None for worker in self.workers)
+        for _ in range(min(len(self._waiting) - starting, self._most - len(self.workers))):
+            self.start()
+
+    def heard(self, worker: _Worker, event: dict) -> None:
+        kind = event["event"]
+        if kind == "ready":
+            worker.hello = event
+        elif kind == "begin":
+            worker.culprit = event["index"]
+            worker.began, self._fruitless = True, 0
+        elif kind == "skip":
+            worker.failed[event["index"]] = event["error"]
+        elif kind == "done":
+            self._answer(worker, Answer(event["result"], failed=worker.failed))
+        else:
+            if event.get("broken"):
+                self.gone(worker)
+            self._answer(worker, Answer(error=event["error"], culprit=worker.culprit, failed=worker.failed))
+
+    def lost(self, worker: _Worker, why: str | None, limit: float) -> None:
+        how = self.gone(worker)
+        if worker.done is not None:
+            error = f"{why} for {limit:g} s" if why and worker.culprit is not None else (why or how)
+            self._answer(worker, Answer(error=error, culprit=worker.culprit, failed=worker.failed))
+
+    def gone(self, worker: _Worker) -> str:
+        """Takes a worker off the list; returns how it ended."""
+        self.workers.remove(worker)
+        self._fruitless += not worker.began
+        self._last_end = worker.end()
+        return self._last_end
+
+    @staticmethod
+    def _answer(worker: _Worker, answer: Answer) -> None:
+        done, worker.done = worker.done, None
+        done(answer)
+
+
 class Pool:
-    """Workers for requests; an answer for each, whatever becomes of the workers.
+    """Workers in lanes, requests for each lane, and an answer for every request, whatever becomes of the workers.
 
     A worker speaks JSON: {"event": "ready", ...} once; then for each request {"event": "begin", "index": n} before
     each candidate, {"event": "skip", "index": n, "error": text} after one that failed alone, and at last
     {"event": "done", "result": ...} or {"event": "failed", "error": text, "broken": whether the process is}.
     """
 
-    def __init__(self, target: Callable, arguments: tuple = (), *, limit: float) -> None:
+    def __init__(self, *, limit: float) -> None:
         """Starts nothing yet.
 
         Args:
-            target: the worker's function, importable: (connection, *arguments).
-            arguments: passed on.
             limit: seconds that a candidate may take.
         """
         self._context = multiprocessing.get_context("spawn")
-        self._target, self._arguments, self._limit = target, arguments, limit
-        self._workers: list[_Worker] = []
-        # Workers in a row that ended before they had begun with any candidate.
-        self._fruitless = 0
-        self._last_end = ""
+        self._limit = limit
+        self._lanes: dict[str, Lane] = {}
 
     def __enter__(self) -> "Pool":
         return self
 
     def __exit__(self, *_) -> None:
-        self.shrink(0)
+        self.end()
 
-    def hello(self) -> dict:
-        """What the first worker says of itself.
+    def open(self, lane: str, target: Callable, arguments: tuple = (), workers: int = 1) -> None:
+        """Opens a lane.
+
+        Args:
+            lane: its name.
+            target: the workers' function, importable: (connection, *arguments).
+            arguments: passed on.
+            workers: processes at most.
+        """
+        self._lanes[lane] = Lane(self._context, target, arguments, workers)
+
+    def hello(self, lane: str) -> dict:
+        """What the first worker of a lane says of itself.
 
         Raises:
             PoolError: none starts.
         """
-        if not self._workers:
-            self._start()
-        while self._workers[0].hello is None:
-            self._wait({})
-            if not self._workers:
-                self._start()
-        return self._workers[0].hello
+        found = self._lanes[lane]
+        while True:
+            if not found.workers:
+                found.start()
+            if found.workers[0].hello is not None:
+                return found.workers[0].hello
+            self._wait()
 
-    def shrink(self, count: int) -> None:
-        """Ends all but `count` workers."""
-        while len(self._workers) > count:
-            self._workers.pop().end()
-
-    def run(
-        self, requests: Iterable[dict], workers: int, done: Callable[[int, Answer], None] | None = None
-    ) -> list[Answer]:
-        """Has requests answered, several at a time.
+    def submit(self, lane: str, request: dict, done: Done, order: int = 0) -> None:
+        """Asks for something.
 
         Args:
-            requests: JSON objects; of those with equal "call", a worker that prepared it gets as many as it can.
-            workers: processes at most.
-            done: called with (number of the request, answer) as they come.
+            lane: whose workers are to do it.
+            request: a JSON object.
+            done: called with the answer, by a later `step`.
+            order: requests of a lower one are done first, those of equal ones as they come.
+        """
+        self._lanes[lane].put(order, request, done)
 
-        Returns:
-            The answers, in order.
+    def step(self) -> None:
+        """Hands out what waits, and waits until a worker says something or is late.
 
         Raises:
-            PoolError: no worker survives its start, or the preparation of a call.
+            PoolError: no worker of a lane survives its start, or the preparation of a call.
         """
-        waiting = deque(enumerate(requests))
-        answers: dict[int, Answer] = {}
-        total = len(waiting)
-        while len(answers) < total:
-            while waiting and len(self._workers) < min(workers, total - len(answers)):
-                self._start()
-            for worker in self._workers[:workers]:
-                if worker.hello is not None and worker.job is None and waiting:
-                    self._give(worker, waiting)
-            fresh: dict[int, Answer] = {}
-            self._wait(fresh)
-            for number, answer in fresh.items():
-                answers[number] = answer
-                if done is not None:
-                    done(number, answer)
-        return [answers[number] for number in range(total)]
+        for lane in self._lanes.values():
+            lane.give()
+        self._wait()
 
-    def _start(self) -> None:
-        if self._fruitless >= _MAX_FRUITLESS:
-            raise PoolError(f"{self._fruitless} workers in a row ended before they had done anything: {self._last_end}")
-        self._workers.append(_Worker(self._context, self._target, self._arguments))
+    def end(self) -> None:
+        """Ends all workers."""
+        for lane in self._lanes.values():
+            while lane.workers:
+                lane.workers.pop().end()
 
-    @staticmethod
-    def _give(worker: _Worker, waiting: deque) -> None:
-        place = next((i for i, (_, request) in enumerate(waiting) if request.get("call") == worker.last_call), 0)
-        number, request = waiting[place]
-        del waiting[place]
-        worker.begin(number, request)
-
-    def _wait(self, answers: dict[int, Answer]) -> None:
+    def _wait(self) -> None:
         """Waits for the next event of any worker, or for the first deadline, and acts on it."""
-        busy = [worker for worker in self._workers if worker.job is not None or worker.hello is None]
+        busy = [(lane, worker) for lane in self._lanes.values() for worker in lane.workers if worker.busy]
         now = time.monotonic()
-        timeout = max(0.0, min(worker.deadline for worker in busy) - now) if busy else 0.0
-        ready = set(multiprocessing.connection.wait([worker.connection for worker in busy], timeout))
-        for worker in busy:
+        timeout = max(0.0, min(worker.deadline for _, worker in busy) - now) if busy else 0.0
+        ready = set(multiprocessing.connection.wait([worker.connection for _, worker in busy], timeout))
+        for lane, worker in busy:
             if worker.connection in ready:
                 try:
                     event = json.loads(worker.connection.recv_bytes())
                 except (EOFError, OSError, ValueError):
-                    self._lost(worker, None, answers)
+                    lane.lost(worker, None, self._limit)
                 else:
-                    self._heard(worker, event, answers)
+                    if event["event"] == "begin":
+                        worker.deadline = time.monotonic() + self._limit
+                    lane.heard(worker, event)
             elif time.monotonic() >= worker.deadline:
-                self._lost(worker, "it hung", answers)
-
-    def _heard(self, worker: _Worker, event: dict, answers: dict[int, Answer]) -> None:
-        kind = event["event"]
-        if kind == "ready":
-            worker.hello = event
-        elif kind == "begin":
-            worker.culprit = event["index"]
-            worker.deadline = time.monotonic() + self._limit
-            worker.began, self._fruitless = True, 0
-        elif kind == "skip":
-            worker.failed[event["index"]] = event["error"]
-        elif kind == "done":
-            self._answer(worker, Answer(event["result"], failed=worker.failed), answers)
-        else:
-            self._answer(worker, Answer(error=event["error"], culprit=worker.culprit, failed=worker.failed), answers)
-            if event.get("broken"):
-                self._gone(worker)
-
-    def _lost(self, worker: _Worker, why: str | None, answers: dict[int, Answer]) -> None:
-        how = self._gone(worker)
-        if worker.job is not None:
-            error = f"{why} for {self._limit:g} s" if why and worker.culprit is not None else (why or how)
-            self._answer(worker, Answer(error=error, culprit=worker.culprit, failed=worker.failed), answers)
-
-    def _gone(self, worker: _Worker) -> str:
-        """Takes a worker off the list; returns how it ended."""
-        self._workers.remove(worker)
-        self._fruitless += not worker.began
-        self._last_end = worker.end()
-        return self._last_end
-
-    @staticmethod
-    def _answer(worker: _Worker, answer: Answer, answers: dict[int, Answer]) -> None:
-        answers[worker.job[0]] = answer
-        worker.job = None
+                lane.lost(worker, "it hung", self._limit)

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from moe_ops.cli.explain import describe_tile
+from moe_ops.cli.plots import COLORS, millisecond_axis, token_axis
 from moe_ops.cli.tuner.calls import tiles_to_json
 from moe_ops.cli.tuner.search import Found
 from moe_ops.tuning.table import Table
@@ -59,29 +60,32 @@ def to_json(found: Found) -> dict[str, object]:
 def plot(name: str, table: Table, file: Path) -> None:
     """A PNG of a table: milliseconds of both over the number of tokens, and what was gained."""
     from matplotlib.figure import Figure
-    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
     entries = [entry for entry in table.entries if entry.ms and entry.heuristic_ms]
     tokens = [entry.tokens for entry in entries]
     figure = Figure(figsize=(13, 5), layout="constrained")
     latency, gained = figure.subplots(1, 2)
-    latency.plot(tokens, [entry.heuristic_ms for entry in entries], "o--", color="C7", label="heuristic")
-    latency.plot(tokens, [entry.ms for entry in entries], "o-", color="C0", label="tuned")
+    # One inside the other where they are equal, as they mostly are.
+    own = {"color": COLORS[1], "marker": "o", "markersize": 11, "markerfacecolor": "none", "linestyle": "--"}
+    latency.plot(tokens, [entry.heuristic_ms for entry in entries], label="heuristic", **own)
+    latency.plot(tokens, [entry.ms for entry in entries], "o-", color=COLORS[0], markersize=5, label="tuned")
     latency.set(yscale="log", ylabel="milliseconds", title="Latency, CUDA graphs, cold L2")
-    latency.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))  # a decade may be all there is
-    latency.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-    latency.yaxis.set_minor_formatter(NullFormatter())
-    latency.legend()
-    bars = [100 * (entry.heuristic_ms / entry.ms - 1) for entry in entries]
-    gained.bar(range(len(entries)), bars, color=["C0" if bar > 0 else "C7" for bar in bars])
-    gained.set(ylabel="% faster", title="Gain over the heuristic")
-    gained.set_ylim(0, max([5.0, *bars]) * 1.1)
+    token_axis(latency, tokens)
+    millisecond_axis(latency)
+    latency.legend(loc="upper left")
+    gains = [100 * (entry.heuristic_ms / entry.ms - 1) for entry in entries]
+    bars = gained.bar(range(len(entries)), gains, color=COLORS[0])
+    kept = [
+        "heuristic\nkept" if entry.tiles is None else f"{gain:.1f} %"
+        for entry, gain in zip(entries, gains, strict=True)
+    ]
+    gained.bar_label(bars, kept, padding=3, fontsize=9)
+    gained.set(ylabel="% longer with the heuristic's tiles", title="Gain over the heuristic", xlabel="M, tokens")
+    gained.set_ylim(0, max([5.0, *gains]) * 1.15)
     gained.set_xticks(range(len(entries)), [str(count) for count in tokens])
-    latency.set_xscale("log", base=2)
-    latency.set_xticks(tokens, [str(count) for count in tokens], minor=False)
     for axes in (latency, gained):
-        axes.set_xlabel("M, tokens")
         axes.grid(alpha=0.3)
+        axes.set_axisbelow(True)
     bucket, made = table.bucket, table.made
     form = "" if bucket.format == "none" else f", {bucket.format}"
     versions = f"torch {made.get('torch')}, triton {made.get('triton')}, {made.get('date')}"

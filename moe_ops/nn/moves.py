@@ -1,4 +1,4 @@
-"""What `.to(dtype)` of a module leaves as it is."""
+"""What `.to()` and its kin do to weights that are not numbers of a dtype of their own."""
 
 from collections.abc import Callable, Sequence
 

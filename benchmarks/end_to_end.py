@@ -1,0 +1,289 @@
+"""Tokens per second of a Qwen3-30B-A3B-sized model by kind of experts: PYTHONPATH=. python benchmarks/end_to_end.py
+
+A model of the real sizes but for the number of layers, with a vocabulary that is smaller by the same factor, and random
+weights in bfloat16. Its experts run by transformers' `experts_implementation` eager, grouped_mm, batched_mm and
+moe_ops; "+ routers" is moe_ops after `fuse_routers`. Steps of decoding with a static cache, and a prefill, as they are
+and compiled whole in a CUDA graph, in turns, round after round. The MoE blocks (router and experts) are timed alone as
+well, compiled, on the hidden states of the workload: what a step takes outside of them is the same for all, and no
+experts make it faster.
+
+    PYTHONPATH=. python benchmarks/end_to_end.py --json FILE
+    PYTHONPATH=. python benchmarks/end_to_end.py --report FILE [FILE ...]
+                                  the tables again; what later files have takes the place of what earlier ones have
+"""
+
+import argparse
+import copy
+import datetime
+import functools
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+import transformers
+import triton
+from torch import Tensor
+
+import moe_ops.integrations.transformers as integration
+from examples.serve_block import SIZES, SMALL, Decoder, capture, make_model
+
+OURS, ROUTERS = integration.NAME, "moe_ops + routers"
+THEIRS = ("eager", "grouped_mm", "batched_mm")
+IMPLEMENTATIONS = (*THEIRS, OURS, ROUTERS)
+# Of a result's row from grouped_mm's. The one in the middle counts: a router that hesitates between two experts may
+# take the other one after a different rounding, or at equal logits.
+TOLERANCE = 2e-2
+RUNS = {"as-is": "as it is", "compiled": "compiled, CUDA graph"}
+NOT_COMPILED = "its loop over experts looks at the ids on the host, so there is no whole graph"
+COPIES = "it would copy {:.0f} GB of weights, those of every route"
+
+
+def parse_args() -> argparse.Namespace:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=4, help="of the model's 48 (default %(default)s)")
+    parser.add_argument("--batch", type=int, nargs="*", default=[1, 16, 64], help="sequences that are decoded")
+    parser.add_argument("--context", type=int, default=256, help="tokens in the cache (default %(default)s)")
+    parser.add_argument("--steps", type=int, default=16, help="steps of a sample (default %(default)s)")
+    parser.add_argument("--prefill", type=int, nargs="*", default=[4096], help="tokens of a prompt")
+    parser.add_argument("--run", nargs="+", choices=RUNS, default=[*RUNS], help="default: both")
+    parser.add_argument("--rounds", type=int, default=7, help="default %(default)s")
+    parser.add_argument("--implementations", nargs="+", choices=IMPLEMENTATIONS, default=IMPLEMENTATIONS)
+    parser.add_argument("--small", action="store_true", help="a tiny model in float32 on the CPU, to try the program")
+    parser.add_argument("--json", help="a file for the results")
+    parser.add_argument("--report", nargs="+", help="print the tables of such files, and run nothing")
+    args = parser.parse_args()
+    if not args.small and not args.report and not torch.cuda.is_available():
+        parser.error("there is no CUDA GPU: pass --small to try the program on the CPU")
+    return args
+
+
+class Model:
+    """The model, and the routers of its MoE blocks, as they are and fused."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        """Makes it."""
+        self.device, self.dtype = ("cpu", torch.float32) if args.small else ("cuda", torch.bfloat16)
+        self.vocabulary = 256 if args.small else 151936 * args.layers // 48
+        sizes = SMALL if args.small else SIZES
+        self.whole = make_model(args.layers, self.vocabulary, self.device, self.dtype, sizes)
+        self.blocks = [layer.mlp for layer in self.whole.model.layers]
+        self.routers = [copy.deepcopy(block.gate) for block in self.blocks]
+        integration.fuse_routers(self.whole)
+        self.fused = [block.gate for block in self.blocks]
+
+    def use(self, name: str) -> None:
+        """Takes an implementation for what is called or compiled next."""
+        for block, router in zip(self.blocks, self.fused if name == ROUTERS else self.routers, strict=True):
+            block.gate = router
+        self.whole.set_experts_implementation(OURS if name == ROUTERS else name)
+
+    def inputs_of_blocks(self, call: Callable[[], object]) -> list[Tensor]:
+        """The hidden states that a call of the model gives to each block."""
+        seen = []
+        hooks = [block.register_forward_pre_hook(lambda _, args: seen.append(args[0].clone())) for block in self.blocks]
+        self.use("grouped_mm")
+        call()
+        for hook in hooks:
+            hook.remove()
+        return seen
+
+    def run_blocks(self, inputs: list[Tensor]) -> Tensor:
+        """The results of the blocks in use, [layers, tokens, H]."""
+        return torch.stack([block(x).flatten(0, -2) for block, x in zip(self.blocks, inputs, strict=True)])
+
+
+class Workload:
+    """What is timed: `step` so many times, after `start`; a step is of so many `tokens`."""
+
+    def __init__(self, model: Model, tokens: int, step: Callable, start: Callable, steps: int) -> None:
+        """Sets the attributes, and notes what its steps give to the blocks."""
+        self.model, self.tokens, self.step, self.start, self.steps = model, tokens, step, start, steps
+        start()
+        self.inputs = model.inputs_of_blocks(step)
+
+    def sample(self, call: Callable[[], object]) -> float:
+        """Milliseconds of a step, by the host's clock."""
+        self.start()
+        self._wait()
+        start = time.perf_counter()
+        for _ in range(self.steps):
+            call()
+        self._wait()
+        return (time.perf_counter() - start) * 1e3 / self.steps
+
+    def compiled(self, function: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        """A function compiled whole, and captured where there is a GPU."""
+        call = torch.compile(function, fullgraph=True, dynamic=False)
+        self.start()
+        return capture(call) if self.model.device == "cuda" else call
+
+    def _wait(self) -> None:
+        if self.model.device == "cuda":
+            torch.cuda.synchronize()
+
+
+def workloads(model: Model, args: argparse.Namespace) -> Iterator[tuple[str, Workload]]:
+    """Names and workloads."""
+    for batch in args.batch:
+        prompt = torch.randint(model.vocabulary, (batch, args.context), device=model.device)
+        model.use("grouped_mm")
+        decoder = Decoder(model.whole, prompt, args.steps)
+        # The likeliest tokens of a model that knows nothing are alike; these are not.
+        decoder.first.random_(model.vocabulary)
+        yield "decode", Workload(model, batch, decoder.step, decoder.rewind, args.steps)
+    for length in args.prefill:
+        prompt = torch.randint(model.vocabulary, (1, length), device=model.device)
+
+        def prefill(prompt: Tensor = prompt) -> Tensor:
+            return model.whole(prompt, use_cache=False, logits_to_keep=1).logits
+
+        yield "prefill", Workload(model, length, prefill, lambda: None, 1)
+
+
+def unusable(name: str, model: Model, tokens: int, compiled: bool) -> str | None:
+    """Why an implementation is left out."""
+    config = model.whole.config
+    if name == "eager" and compiled:
+        return NOT_COMPILED
+    routes = tokens * config.num_experts_per_tok
+    gigabytes = routes * 2 * config.moe_intermediate_size * config.hidden_size * model.dtype.itemsize / 1e9
+    if name == "batched_mm" and model.device == "cuda":
+        free = torch.cuda.get_device_properties(0).total_memory / 1e9 / 3
+        return COPIES.format(1.5 * gigabytes) if gigabytes > free else None
+    return None
+
+
+def check(results: dict[str, Tensor]) -> None:
+    """Holds blocks against grouped_mm's, or the first's.
+
+    Raises:
+        ArithmeticError: one is wrong.
+    """
+    expected = results.get("grouped_mm", next(iter(results.values()))).double()
+    for name, result in results.items():
+        rows = ((result.double() - expected).norm(dim=-1) / expected.norm(dim=-1)).flatten()
+        if not rows.median().item() <= TOLERANCE:
+            raise ArithmeticError(f"the MoE blocks of {name} differ by {rows.median():.1e} from those of grouped_mm")
+
+
+def measure(workload: Workload, names: list[str], rounds: int, *, compiled: bool) -> dict[str, dict[str, float]]:
+    """Median milliseconds of a step, and, compiled, of its MoE blocks: {"step": {name: ms}, "blocks": {...}}."""
+    model, calls, results = workload.model, {}, {}
+    blocks = functools.partial(model.run_blocks, workload.inputs)
+    for name in names:
+        model.use(name)
+        if compiled:
+            calls["step", name] = workload.compiled(workload.step)
+            calls["blocks", name] = workload.compiled(blocks)
+            results[name] = calls["blocks", name]().clone()
+        else:
+            calls["step", name] = workload.step
+            results[name] = blocks()
+    check(results)
+    del results
+    samples = {key: [] for key in calls}
+    for _ in range(rounds + 1):
+        for key, call in calls.items():
+            model.use(key[1])
+            samples[key].append(workload.sample(call))
+    medians = {"step": {}, "blocks": {}}
+    for (part, name), times in samples.items():
+        medians[part][name] = statistics.median(times[1:])  # the first round warms up
+    return medians
+
+
+@torch.no_grad()
+def run(args: argparse.Namespace) -> dict:
+    """Measures everything; the record."""
+    transformers.logging.set_verbosity_error()
+    integration.register()
+    # A compiled function for each implementation and size.
+    torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 256
+    model = Model(args)
+    record = {
+        "device": torch.cuda.get_device_name() if model.device == "cuda" else "CPU", "torch": torch.__version__,
+        "triton": triton.__version__, "transformers": transformers.__version__,
+        "date": datetime.date.today().isoformat(), "dtype": str(model.dtype).removeprefix("torch."),
+        "layers": args.layers, "vocabulary": model.vocabulary, "context": args.context, "steps": args.steps,
+        "rounds": args.rounds, "cells": [],
+    }  # fmt: skip
+    for kind, workload in workloads(model, args):
+        for compiled in sorted(run == "compiled" for run in args.run):
+            reasons = {name: unusable(name, model, workload.tokens, compiled) for name in args.implementations}
+            names = [name for name, reason in reasons.items() if reason is None]
+            start = time.perf_counter()
+            medians = measure(workload, names, args.rounds, compiled=compiled)
+            cell = {"workload": kind, "tokens": workload.tokens, "compiled": compiled, **medians}
+            cell["left_out"] = {name: reason for name, reason in reasons.items() if reason is not None}
+            record["cells"].append(cell)
+            print(f"{kind} {workload.tokens} {compiled=} {time.perf_counter() - start:.0f} s", file=sys.stderr)
+    return record
+
+
+def best(cell: dict, part: str) -> tuple[str, float]:
+    """The fastest implementation of transformers, and its milliseconds."""
+    return min(((name, ms) for name, ms in cell[part].items() if name in THEIRS), key=lambda pair: pair[1])
+
+
+def report(records: list[dict]) -> Iterator[str]:
+    """The tables."""
+    facts = (
+        "{device}, torch {torch}, triton {triton}, transformers {transformers}, {date}, {dtype}; {layers} of 48 layers"
+    )
+    facts += ", {vocabulary} words, {context} tokens in the cache.\n"
+    yield from dict.fromkeys(facts.format(**record) for record in records)
+    cells = {
+        (cell["workload"], cell["tokens"], cell["compiled"]): cell for record in records for cell in record["cells"]
+    }
+    cells = cells.values()
+    yield "Tokens per second.\n"
+    columns = [*IMPLEMENTATIONS, "moe_ops / theirs", "+ routers / theirs"]
+    yield f"| workload | run | {' | '.join(columns)} |\n|{' --- |' * (len(columns) + 2)}"
+    for cell in cells:
+        row = [_title(cell), RUNS["compiled" if cell["compiled"] else "as-is"]]
+        row += [_number(cell["tokens"] * 1e3, cell["step"].get(name), ".0f") for name in IMPLEMENTATIONS]
+        row += [_number(best(cell, "step")[1], cell["step"].get(name), ".2f") for name in (OURS, ROUTERS)]
+        yield f"| {' | '.join(row)} |"
+    yield "\nWhere the time of a compiled step goes, in ms; *theirs* is transformers' fastest.\n"
+    columns = ["theirs", "their blocks", "moe_ops", "its blocks", "+ routers", "its blocks", "outside", "blocks"]
+    columns += ["blocks, + routers", "if blocks took no time"]
+    yield f"| workload | {' | '.join(columns)} |\n|{' --- |' * (len(columns) + 1)}"
+    for cell in cells:
+        if not cell["compiled"]:
+            continue
+        (name, step), blocks = best(cell, "step"), cell["blocks"]
+        row = [_title(cell), f"{step:.3f} {name}", f"{blocks[name]:.3f}"]
+        for ours in (OURS, ROUTERS):
+            row += [f"{cell['step'][ours]:.3f}", f"{blocks[ours]:.3f}"]
+        outside = cell["step"][OURS] - blocks[OURS]
+        row += [f"{outside:.3f}", *(f"{blocks[name] / blocks[ours]:.2f}x" for ours in (OURS, ROUTERS))]
+        yield f"| {' | '.join([*row, f'{step / outside:.2f}x'])} |"
+    reasons = {(name, reason): None for cell in cells for name, reason in cell["left_out"].items()}
+    yield from (f"\nA dash for {name}: {reason}." for name, reason in reasons)
+
+
+def _title(cell: dict) -> str:
+    return f"{cell['workload']}, {'batch ' if cell['workload'] == 'decode' else ''}{cell['tokens']}"
+
+
+def _number(numerator: float, milliseconds: float | None, form: str) -> str:
+    return "-" if milliseconds is None else format(numerator / milliseconds, form)
+
+
+def main() -> None:
+    """Runs the command."""
+    args = parse_args()
+    records = [json.loads(Path(file).read_text()) for file in args.report] if args.report else [run(args)]
+    if args.json:
+        Path(args.json).write_text(json.dumps(records[0], indent=1) + "\n")
+    if set(args.implementations) == set(IMPLEMENTATIONS):
+        print(*report(records), sep="\n")
+
+
+if __name__ == "__main__":
+    main()

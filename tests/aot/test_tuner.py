@@ -1,0 +1,67 @@
+"""Ahead of time, without a GPU: the tuner compiles the very kernels that calls launch."""
+
+import importlib
+from dataclasses import replace
+
+import pytest
+import torch
+
+pytest.importorskip("triton.experimental.gluon")
+
+from moe_ops.aot.compiler import compile_for
+from moe_ops.cli.calls import make_call, make_weights
+from moe_ops.cli.tuner.calls import PARTS, Call, tiles_to_json
+from moe_ops.cli.tuner.candidates import first_wave
+from moe_ops.cli.tuner.compiler import Compiler, recorded
+from moe_ops.dispatch import make_plan
+from moe_ops.problem import make_problem
+from moe_ops.testing import override
+from tests.amount import params
+from tests.aot.harness import DEVICES, compiling
+
+DEVICE = DEVICES[90]
+CALLS = {
+    "one_token": Call((8, 2, 256, 128), 1, "bfloat16", "none", "tma"),
+    "sorted": Call((8, 2, 256, 128), 33, "bfloat16", "none", "tma"),
+    "pingpong": Call((8, 2, 256, 128), 1024, "bfloat16", "none", "tma"),
+    "classic": Call((8, 2, 256, 128), 64, "float16", "none", "classic"),
+    "blockscaled": Call((8, 2, 256, 128), 1024, "bfloat16", "fp8_block", "tma"),
+    "fp8_channel": Call((8, 2, 256, 128), 64, "bfloat16", "fp8_channel", "tma"),
+    "int4": Call((8, 2, 256, 128), 64, "bfloat16", "int4", "tma"),
+    "mxfp4": Call((8, 2, 256, 128), 64, "bfloat16", "mxfp4", "tma"),
+}
+
+
+@pytest.mark.parametrize("name", params(CALLS, ("sorted",)))
+def test_compiled_ahead_is_what_is_launched(name):
+    """By Triton's own hash of source, argument types, what numbers are multiples of, constants and options."""
+    call = CALLS[name]
+    dtype = getattr(torch, call.dtype)
+    args = make_call(
+        call.sizes, make_weights(call.sizes, dtype, "cpu", call.form), call.tokens, "uniform", dtype, "cpu"
+    )
+    problem = make_problem(args)
+    tiles = first_wave(call.problem(), DEVICE, call.path)[-1]
+    with override(path=call.path, variant=tiles.variant, config=(tiles.up, tiles.down)):
+        plan = make_plan(problem, DEVICE)
+    backend = importlib.import_module(f"moe_ops.backends.{call.path}")
+    out = args.hidden_states.new_empty(problem.out_shape, dtype=problem.out_dtype)
+    with compiling(90) as launches:
+        backend.run(args, problem, plan, out)
+        parts = recorded(call, tiles, DEVICE)
+        ahead = [compile_for(launch, 90) for part in parts.values() for launch in part]
+    assert tuple(parts) == PARTS and parts["up"] and parts["down"]
+    assert sorted(kernel.hash for kernel in ahead) == sorted(kernel.hash for _, kernel in launches)
+
+
+def test_a_worker_that_compiles():
+    call = CALLS["one_token"]
+    own = first_wave(call.problem(), DEVICE, call.path)[0]
+    request = {"op": "compile", "call": call.to_json(), "candidates": [tiles_to_json(own)], "part": "down"}
+    events = []
+    compiler = Compiler(DEVICE)
+    assert compiler.answer(request, events.append) == 1 and events == [{"event": "begin", "index": 0}]
+    assert not compiler.broken() and compiler.hello() == {}
+    wrong = replace(own, up=replace(own.up, block_m=16))
+    with pytest.raises(ValueError, match="both must be the same"):
+        compiler.answer({**request, "candidates": [tiles_to_json(wrong)]}, events.append)
