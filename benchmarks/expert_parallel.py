@@ -32,7 +32,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 import torch.distributed as dist
-import triton
+from record import head as facts_of
+from record import write
 
 import moe_ops
 from moe_ops.arguments import Arguments
@@ -355,16 +356,8 @@ def main(rank: int, options: argparse.Namespace, size: int, store: str) -> None:
     else:
         dist.init_process_group("gloo", **group)
     table, net = network(options.rounds)
-    results = {
-        "device": torch.cuda.get_device_name() if CUDA else "CPU",
-        "gpus": size,
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "nccl": ".".join(map(str, torch.cuda.nccl.version())) if CUDA else None,
-        "date": str(datetime.date.today()),
-        "collectives": table,
-        "cells": [],
-    }
+    nccl = ".".join(map(str, torch.cuda.nccl.version())) if CUDA else None
+    results = facts_of(gpus=size, nccl=nccl, collectives=table, cells=[])
     if rank == 0:
         head(results)
     for shape in options.shapes:
@@ -379,8 +372,7 @@ def main(rank: int, options: argparse.Namespace, size: int, store: str) -> None:
                     report(record, size, net)
                     print(f"({time.monotonic() - start:.1f} s)", flush=True)
                     results["cells"].append(record)
-                    if options.json:
-                        options.json.write_text(json.dumps(results, indent=1) + "\n")
+                    write(options.json, results)
             del mine, whole
             if CUDA:
                 torch.cuda.empty_cache()

@@ -107,12 +107,13 @@ note() {
 ((dry)) || mkdir -p "$folder" || die "$folder is no folder and cannot be made"
 bench=("$PYTHON" -m moe_ops bench --json RESULT --rounds 7)
 few=(--shape mixtral-8x7b --shape gpt-oss-20b --tokens 1,4,16,64,256,2048)
-rounds=(--rounds 7) host=() model=() skew=(--tokens "256,4096") topk=() proof=(--seconds 200) demo=(examples/generate.py)
+rounds=(--rounds 7) host=() model=() ranks=() skew=(--tokens "256,4096") topk=() proof=(--seconds 200) demo=(examples/generate.py)
 if ((quick)); then
     tiny=(--shape 8,2,256,128 --tokens "1,64")
     bench=("$PYTHON" -m moe_ops bench --json RESULT --rounds 2 "${tiny[@]}")
     few=() skew=() rounds=(--rounds 2 --tokens 64) host=(--rounds 2 --repeats 20) topk=(--rounds 2 --tokens 1 64)
     proof=(--device cpu --seconds 60) model=(--small --run as-is --batch 1 --rounds 2)
+    ranks=(--shapes tiny --tokens 4 --rounds 1)
     export MOE_OPS_EXAMPLE_QUICK=1
 fi
 ((gpus == 0)) || host+=(--device cuda)
@@ -135,7 +136,7 @@ step tiles-bf16 90 1 "${bench[@]}" "${tiles[@]}"
 step in-step 60 1 "$PYTHON" benchmarks/in_step.py --json RESULT "${rounds[@]}"
 step in-step-fp8 60 1 "$PYTHON" benchmarks/in_step.py --json RESULT --format fp8_block "${rounds[@]}"
 [[ ! -f benchmarks/end_to_end.py ]] || step end-to-end 120 $((1 - quick)) "$PYTHON" benchmarks/end_to_end.py --json RESULT "${model[@]}"
-[[ ! -f benchmarks/expert_parallel.py ]] || step expert-parallel 120 2 "$PYTHON" benchmarks/expert_parallel.py --json RESULT
+[[ ! -f benchmarks/expert_parallel.py ]] || step expert-parallel 120 $((quick && !gpus ? 0 : 2)) "$PYTHON" benchmarks/expert_parallel.py --json RESULT "${ranks[@]}"
 step proof 240 0 "$PYTHON" benchmarks/proof.py --json RESULT "${proof[@]}"
 step demo 110 0 "$PYTHON" benchmarks/demo.py --json RESULT "${demo[@]}"
 
@@ -145,6 +146,7 @@ done
 ((dry)) && exit 0
 {
     "$PYTHON" -c 'import sys; sys.path.insert(0, "benchmarks"); from record import head; print(*head().values())'
+    echo "commit $(git describe --always --dirty 2>/dev/null || echo unknown)"
     printf '%s\n' "${report[@]}"
     echo "all: $((SECONDS - began)) s"
 } >"$folder/$prefix-summary.txt"

@@ -20,13 +20,13 @@ def shard_state_dict(
     in its order, consecutive ones as views; everything else is passed on as it is.
 
     Args:
-        state_dict: names and tensors, of all experts.
+        state_dict: names and tensors, of all experts: [E, ...].
         placement: which rank has which experts.
         rank: whose.
         prefix: of the experts' names, wherever it stands in a name; "" for a state dict of `FusedExperts` itself.
 
     Returns:
-        Names and tensors for `load_state_dict` of the same module with `ep_group`.
+        Names and tensors, [experts of the rank, ...], for `load_state_dict` of the same module with `ep_group`.
 
     Raises:
         ValueError: a tensor's first dimension is not `placement.num_experts`, or the rank is none of the placement's.
