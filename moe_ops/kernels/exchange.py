@@ -89,7 +89,7 @@ def pack_kernel(
         if ranks_ptr is not None:
             ranks = tl.load(ranks_ptr + program * TOP_K + slots, mask=mask, other=-1)
         for slot in range(SLOTS):
-            row = program
+            row = program.to(tl.int64)
             if rows_ptr is not None:
                 row = tl.load(rows_ptr + program * TOP_K + slot).to(tl.int64)
             if row >= 0:
@@ -115,7 +115,8 @@ def pack_kernel(
                     tl.store(out_ptr + row * stride_on + columns, x, mask=columns < H)
                 if GIVEN:
                     for index in range(SCALES):
-                        scale = tl.load(scale_ptr + program * stride_sm + index * stride_sg)
+                        group = (tl.zeros((), tl.int32) + index).to(tl.int64)
+                        scale = tl.load(scale_ptr + program * stride_sm + group * stride_sg)
                         tl.store(words + scale_word + index, scale.to(tl.int32, bitcast=True))
     if program < num_rows:
         # Without room to spare (capacity 0) every row that is sent is some token's.
