@@ -58,14 +58,19 @@ class Launcher:
             self._kept[name] = compiled, tuple(values[constexpr] for constexpr in kernel.arg_names[len(args) :])
 
 
+# Triton's own two take microseconds on the host, and every launch has some. Sizes may be those of `moe_ops.aot.counts`,
+# which write down the operators that they meet.
 def cdiv(a: int, b: int) -> int:
-    """a / b, rounded up. Triton's own function takes microseconds on the host, and every launch has some."""
-    return -(-a // b)
+    """a / b, rounded up."""
+    return (a + b - 1) // b
 
 
 def next_power_of_2(n: int) -> int:
     """The smallest power of two that is at least n."""
-    return 1 << (n - 1).bit_length()
+    n = n - 1
+    for shift in (1, 2, 4, 8, 16, 32):
+        n |= n >> shift
+    return n + 1
 
 
 def on_device(tensor: Tensor) -> contextlib.AbstractContextManager:

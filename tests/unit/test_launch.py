@@ -2,9 +2,9 @@
 
 import pytest
 
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
 
-from moe_ops.backends.launch import Launcher
+from moe_ops.backends.launch import Launcher, cdiv, next_power_of_2
 
 
 class Kernel:
@@ -56,3 +56,9 @@ def test_nothing_is_kept_without_a_place_for_it():
     for _ in range(2):
         Launcher(None)("up", kernel, 3, ("x", 7), options)
     assert len(kernel.compilations) == 2
+
+
+def test_sums_are_tritons():
+    for n in (*range(1, 70), 2**31 - 1, 2**31, 2**31 + 1):
+        assert next_power_of_2(n) == triton.next_power_of_2(n)
+        assert cdiv(n, 7) == triton.cdiv(n, 7)
