@@ -114,12 +114,11 @@ class Count:
     def __rtruediv__(self, other):
         return self._compute(operator.truediv, None, other, self)
 
-    def __rlshift__(self, other):
-        return self._compute(operator.lshift, None, other, self)
+    def __or__(self, other):
+        return self._compute(operator.or_, None, self, other)
 
-    def bit_length(self):
-        """As of an int: a number that only conditions may use."""
-        return self._compute(lambda number, _: number.bit_length(), None, self, 0)
+    def __rshift__(self, other):
+        return self._compute(operator.rshift, None, self, other)
 
     def __lt__(self, other):
         return self._compare(operator.lt, other)
