@@ -178,7 +178,7 @@ def pack_rows(
         hidden_states, scale = quantize_activations(hidden_states, dtype, "group" if scales > 1 else "token")
     if capacity or ranks is None:
         out.topk_ids.fill_(NOWHERE)
-    lost = 0
+    lost: int | Tensor = 0
     if counts is not None and capacity:
         lost = (counts - capacity).clamp(min=0).sum().int()
     out.lost[:] = lost
@@ -198,7 +198,7 @@ def pack_rows(
     out.hidden_states.view(torch.uint8)[where] = values.contiguous().view(torch.uint8)
     out.topk_ids[where] = ids
     out.topk_weights[where] = topk_weights[token].float()
-    if scales:
+    if out.scale is not None and scale is not None:
         out.scale[where] = scale.float()[token].expand(-1, scales)
     return payload
 

@@ -1,7 +1,7 @@
 """One call of `ExpertParallel.fused_moe` on its way: what is packed, what this rank's experts do, what comes out."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -33,11 +33,11 @@ class Call:
     """
 
     def __init__(self, hidden_states: Tensor, w1: Tensor, w2: Tensor, topk_weights: Tensor, topk_ids: Tensor, *,
-                 formats: Formats, ep: "ExpertParallel", arguments: dict) -> None:  # fmt: skip
+                 formats: Formats, ep: "ExpertParallel", arguments: dict[str, Any]) -> None:  # fmt: skip
         self.hidden_states, self.w1, self.w2 = hidden_states, w1, w2
         self.topk_weights, self.topk_ids = topk_weights, topk_ids
         self.formats, self.ep = formats, ep
-        self.a1_scale = arguments.get("a1_scale")
+        self.a1_scale: Tensor | None = arguments.get("a1_scale")
         self.arguments = {name: value for name, value in arguments.items() if name not in _OWN}
 
     @property
@@ -52,7 +52,7 @@ class Call:
     def pack(self, placed: Sequence[Tensor] | None, num_rows: int, capacity: int) -> Tensor:
         """The rows to send, as bytes: for each rank as `placed` by `ep_place`, or every token once."""
         layout, scale = self.formats.layout, None
-        if self.formats.given:
+        if self.formats.given and self.a1_scale is not None:
             scale = self.a1_scale.view(-1, 1) if self.a1_scale.ndim == 1 else self.a1_scale
             scale = scale.expand(self.num_tokens, layout.scales)
         experts, ranks, rows, counts, bound = self.topk_ids, None, None, None, self.ep.num_experts
@@ -93,12 +93,12 @@ class _NoBackward(torch.autograd.Function):
     """The identity; its backward raises when it runs, and not while a forward is traced."""
 
     @staticmethod
-    def forward(ctx, out: Tensor, *needing: Tensor) -> Tensor:
+    def forward(ctx: Any, out: Tensor, *needing: Tensor) -> Tensor:
         ctx.likes = [(x.shape, x.dtype) for x in needing]
         return out.clone()
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return None, *(torch.ops.moe_ops._no_backward(grad, *like) for like in ctx.likes)
 
 

@@ -1,6 +1,7 @@
 """What expert parallelism sends, and how long that takes: pure functions of sizes and of a network."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from moe_ops.checks import require_name
 
@@ -145,7 +146,7 @@ def estimate(
 
 
 def choose_way(
-    num_tokens: int, *, capacity: int | None = None, host_sync: bool = False, **sizes
+    num_tokens: int, *, capacity: int | None = None, host_sync: bool = False, **sizes: Any
 ) -> tuple[Traffic, Traffic]:
     """The faster way for so many tokens on every rank, and the other one.
 
@@ -164,10 +165,6 @@ def choose_way(
         >>> [choose_way(tokens, host_sync=True, **sizes)[0].way for tokens in (16, 4096)]
         ['gather', 'alltoall']
     """
-    gather, alltoall = (
-        estimate(
-            way, num_tokens, **({"capacity": capacity, "host_sync": host_sync} if way == "alltoall" else {}), **sizes
-        )
-        for way in WAYS
-    )
+    gather = estimate("gather", num_tokens, **sizes)
+    alltoall = estimate("alltoall", num_tokens, capacity=capacity, host_sync=host_sync, **sizes)
     return (alltoall, gather) if alltoall.seconds < gather.seconds else (gather, alltoall)

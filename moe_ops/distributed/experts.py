@@ -1,5 +1,7 @@
 """`ExpertParallel`: the op across a process group, each rank with some of the experts and tokens of its own."""
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -17,7 +19,7 @@ from moe_ops.distributed.groups import Group, resolve_group
 from moe_ops.distributed.placement import Placement
 from moe_ops.distributed.plan import DistributedPlan
 from moe_ops.distributed.state import OF_EXPERTS
-from moe_ops.distributed.ways import gather, largest, send_evenly, send_unevenly
+from moe_ops.distributed.ways import Room, gather, largest, send_evenly, send_unevenly
 from moe_ops.quantization.scheme import COMPUTE_DTYPES
 
 _OVERFLOWS = ("fallback", "error")
@@ -114,11 +116,12 @@ class ExpertParallel:
         if capacity is not None and way == "gather":
             raise ValueError(f"capacity is {capacity}, but way='gather' has none; leave it out, or pass way='alltoall'")
         self.placement = self._placement(num_experts, placement)
-        self.way, self.max_tokens, self.on_overflow = way, max_tokens, on_overflow
-        self.capacity = max_tokens if capacity is None else min(capacity, max_tokens)
+        self.way, self.on_overflow, self.room = way, on_overflow, None
+        if max_tokens is not None:
+            self.room = Room(max_tokens, max_tokens if capacity is None else min(capacity, max_tokens))
         self.payload, self.combine_dtype, self.check = payload, combine_dtype, check
         self.network = network or Network()
-        options = {"dtype": torch.int32, "device": self.group.device}
+        options: dict[str, Any] = {"dtype": torch.int32, "device": self.group.device}
         self.rank_of = torch.tensor(self.placement.rank_of, **options)
         self.local_of = torch.tensor(self.placement.local_of, **options)
         self.expert_map = torch.tensor(self.placement.expert_map(self.group.rank), **options)
@@ -140,6 +143,16 @@ class ExpertParallel:
         return placement
 
     @property
+    def max_tokens(self) -> int | None:
+        """The largest M of any rank and call, where it is known."""
+        return self.room and self.room.max_tokens
+
+    @property
+    def capacity(self) -> int | None:
+        """Rows that a rank can send to another without a host sync."""
+        return self.room and self.room.capacity
+
+    @property
     def num_experts(self) -> int:
         """E, of all ranks."""
         return self.placement.num_experts
@@ -150,7 +163,7 @@ class ExpertParallel:
         return self.placement.experts[self.group.rank]
 
     def fused_moe(
-        self, hidden_states: Tensor, w1: Tensor, w2: Tensor, topk_weights: Tensor, topk_ids: Tensor, **arguments
+        self, hidden_states: Tensor, w1: Tensor, w2: Tensor, topk_weights: Tensor, topk_ids: Tensor, **arguments: Any
     ) -> Tensor:
         """Runs the experts of all ranks on the tokens of this one.
 
@@ -172,15 +185,8 @@ class ExpertParallel:
             RuntimeError: a collective failed.
         """
         self._check_traced()
-        error = formats = None
-        try:
-            formats = self._checked(hidden_states, w1, w2, topk_weights, topk_ids, arguments)
-        except (ValueError, TypeError) as wrong:
-            if not self.check:
-                raise
-            error = wrong
-        if self.check:
-            self._compare(hidden_states, w1, w2, topk_ids, arguments, error)
+        check = self._checked_on_all if self.check else self._checked
+        formats = check(hidden_states, w1, w2, topk_weights, topk_ids, arguments)
         tensors = (hidden_states, w1, w2, topk_weights, *(v for v in arguments.values() if isinstance(v, Tensor)))
         needing = [x for x in tensors if x.requires_grad] if torch.is_grad_enabled() else []
         with torch.no_grad():
@@ -192,16 +198,17 @@ class ExpertParallel:
         if self.group.size == 1:
             return call.experts_of(call.hidden_states, call.a1_scale, call.topk_weights, call.topk_ids, self.expert_map,
                                    call.formats.out_dtype)  # fmt: skip
-        if self.max_tokens is None:
+        room = self.room
+        if room is None:
             if self.way == "gather":
                 most = largest(call)
                 return gather(call, most) if most else call.empty()
             return send_unevenly(call)
-        if self.choose(call.formats, self.max_tokens)[0] == "gather":
-            return gather(call, self.max_tokens)
-        if self.capacity == self.max_tokens:
-            return send_evenly(call, self.capacity)[0]
-        out, lost = send_evenly(call, self.capacity)
+        if self.choose(call.formats, room.max_tokens)[0] == "gather":
+            return gather(call, room.max_tokens)
+        out, lost = send_evenly(call, room)
+        if lost is None:
+            return out
         if self.on_overflow == "error":
             self.overflow += lost
             return out
@@ -218,7 +225,7 @@ class ExpertParallel:
             f"{other.seconds * 1e6:.0f}"
         )
 
-    def sizes(self, formats: Formats) -> dict[str, object]:
+    def sizes(self, formats: Formats) -> dict[str, Any]:
         """What `choose_way` has to know of a call."""
         return {
             "hidden_size": formats.layout.hidden_size, "top_k": formats.layout.top_k, "num_ranks": self.group.size,
@@ -241,7 +248,7 @@ class ExpertParallel:
             )
 
     def explain(
-        self, hidden_states: Tensor, w1: Tensor, w2: Tensor, topk_weights: Tensor, topk_ids: Tensor, **arguments
+        self, hidden_states: Tensor, w1: Tensor, w2: Tensor, topk_weights: Tensor, topk_ids: Tensor, **arguments: Any
     ) -> DistributedPlan:
         """Says how `fused_moe` would run a call, if every rank had this one's M. Runs and sends nothing.
 
@@ -262,8 +269,8 @@ class ExpertParallel:
         args = Arguments(hidden_states, w1, w2, topk_weights, topk_ids, **arguments)
         return explain(self, self._checked(hidden_states, w1, w2, topk_weights, topk_ids, arguments), args)
 
-    def _checked(self, x: Tensor, w1: Tensor, w2: Tensor, topk_weights: Tensor, topk_ids: Tensor, arguments: dict
-                 ) -> Formats:  # fmt: skip
+    def _checked(self, x: Tensor, w1: Tensor, w2: Tensor, topk_weights: Tensor, topk_ids: Tensor,
+                 arguments: dict[str, Any]) -> Formats:  # fmt: skip
         """Everything that can be wrong on one rank, before anything is sent."""
         if arguments.get("expert_map") is not None:
             raise ValueError("expert_map was given, but the placement says where experts are; pass placement=")
@@ -283,8 +290,8 @@ class ExpertParallel:
                 lacking = {name: named[name] for name in (*OF_EXPERTS, "a2_scale") if named.get(name) is not None}
                 named |= {n: t.new_empty((1, *t.shape[1:])) for n, t in lacking.items() if t.shape[0] == 0}
             plans.plan(Arguments(hidden_states=x, topk_weights=topk_weights, topk_ids=topk_ids, **named))
-        if self.max_tokens is not None:
-            most = self.max_tokens
+        if self.room is not None:
+            most = self.room.max_tokens
             require(
                 x.shape[0] <= most,
                 lambda: (
@@ -297,17 +304,28 @@ class ExpertParallel:
             block_shape=arguments.get("block_shape"), static_scale=arguments.get("a1_scale") is not None,
         )  # fmt: skip
 
+    def _checked_on_all(self, x: Tensor, w1: Tensor, w2: Tensor, topk_weights: Tensor, topk_ids: Tensor,
+                        arguments: dict[str, Any]) -> Formats:  # fmt: skip
+        """The same, and what is wrong on one rank, or differs between two, raises on all."""
+        try:
+            formats = self._checked(x, w1, w2, topk_weights, topk_ids, arguments)
+        except (ValueError, TypeError) as error:
+            self._compare(x, w1, w2, topk_ids, arguments, error)
+            raise
+        self._compare(x, w1, w2, topk_ids, arguments, None)
+        return formats
+
     def _check_traced(self) -> None:
         """Under torch.compile and while a graph is captured the host cannot wait for the device."""
         # In this order: torch.compile does not trace the second question.
         if self.group.size == 1 or not (torch.compiler.is_compiling() or self._captured()):
             return
-        if self.max_tokens is None:
+        if self.room is None:
             raise ValueError(
                 "max_tokens is None, so that sizes are read back to the host, which neither torch.compile nor a CUDA "
                 "graph can do; pass max_tokens"
             )
-        if self.capacity < self.max_tokens and self.on_overflow == "fallback" and self.way != "gather":
+        if self.room.capacity < self.room.max_tokens and self.on_overflow == "fallback" and self.way != "gather":
             raise ValueError(
                 "on_overflow is 'fallback', which reads a flag back to the host, and neither torch.compile nor a CUDA "
                 "graph can do that; pass on_overflow='error', or leave capacity out"
@@ -321,7 +339,7 @@ class ExpertParallel:
     def _captured(self) -> bool:
         return self.group.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
-    def _compare(self, x: Tensor, w1: Tensor, w2: Tensor, topk_ids: Tensor, arguments: dict,
+    def _compare(self, x: Tensor, w1: Tensor, w2: Tensor, topk_ids: Tensor, arguments: dict[str, Any],
                  error: Exception | None) -> None:  # fmt: skip
         facts = {
             "hidden_states": f"[M, {x.shape[-1]}] {x.dtype}",

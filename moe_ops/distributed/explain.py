@@ -18,21 +18,19 @@ if TYPE_CHECKING:
 def explain(ep: "ExpertParallel", formats: Formats, args: Arguments) -> DistributedPlan:
     """The plan of a checked call."""
     size, num_tokens = ep.group.size, args.hidden_states.shape[0]
-    known = ep.max_tokens is not None
-    most = ep.max_tokens if known else num_tokens
+    most = num_tokens if ep.room is None else ep.room.max_tokens
     way, reason = ("local", "the group has one rank") if size == 1 else ep.choose(formats, most)
-    even = way == "alltoall" and known
-    capacity = ep.capacity if even else None
-    flag = even and ep.capacity < most and ep.on_overflow == "fallback"
-    syncs = 0 if size == 1 else int(not known) + int(flag)
+    capacity = ep.room.capacity if way == "alltoall" and ep.room is not None else None
+    flag = capacity is not None and capacity < most and ep.on_overflow == "fallback"
+    syncs = 0 if size == 1 else int(ep.room is None) + int(flag)
     num_rows = size * most
     if way == "local":
         num_rows = num_tokens
-    elif even:
-        num_rows = size * ep.capacity
+    elif capacity is not None:
+        num_rows = size * capacity
     elif way == "alltoall":
         num_rows = round(num_rows * expected_share(formats.layout.top_k, size))
-    sizes = ep.sizes(formats) | {"capacity": capacity, "host_sync": not known and size > 1}
+    sizes = ep.sizes(formats) | {"capacity": capacity, "host_sync": ep.room is None and size > 1}
     traffic = estimate("gather" if way == "local" else way, most, **sizes)
     return DistributedPlan(
         way=way,

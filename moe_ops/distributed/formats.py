@@ -90,11 +90,13 @@ def make_formats(
     quantized = given or (can and payload != "plain")
     hidden = hidden_states.shape[1]
     scales = scales_of(hidden, block_shape is not None) if quantized else 0
-    layout = RowLayout(hidden, top_k, row_dtype if quantized and not given else x_dtype, scales)
+    layout = RowLayout(hidden, top_k, row_dtype if row_dtype and quantized and not given else x_dtype, scales)
     return Formats(layout, back, out_dtype or compute, quantized, given)
 
 
-def _obstacle(quantization: str, row_dtype, known: bool, compute: torch.dtype, back: torch.dtype) -> str:
+def _obstacle(
+    quantization: str, row_dtype: torch.dtype | None, known: bool, compute: torch.dtype, back: torch.dtype
+) -> str:
     if row_dtype is None:
         return f"quantization={quantization!r} multiplies hidden states of {compute}, not of 8 bits"
     if not known:

@@ -75,7 +75,7 @@ def resolve_group(group: dist.ProcessGroup | DeviceMesh | None, device: torch.de
         )
     if isinstance(group, DeviceMesh):
         if group.ndim != 1:
-            names = group.mesh_dim_names or tuple(range(group.ndim))
+            names: tuple[object, ...] = group.mesh_dim_names or tuple(range(group.ndim))
             raise ValueError(
                 f"ep_group is a DeviceMesh of {group.ndim} dimensions {names}, expected one; pass a dimension of it, "
                 "such as mesh['ep']"

@@ -26,14 +26,16 @@ _COMBINE = "ep_combine(Tensor back, Tensor rows, ScalarType dtype) -> Tensor"
 _library = torch.library.Library(NAMESPACE, "FRAGMENT")
 
 
-def _place_fake(topk_ids: Tensor, rank_of: Tensor, local_of: Tensor, num_ranks: int, capacity: int):
+def _place_fake(topk_ids: Tensor, rank_of: Tensor, local_of: Tensor, num_ranks: int, capacity: int
+                ) -> tuple[Tensor, ...]:  # fmt: skip
     like = topk_ids.new_empty
     shape = topk_ids.shape
     return (*(like(shape, dtype=torch.int32) for _ in range(3)), like((num_ranks,), dtype=torch.int32))
 
 
-def _pack_fake(hidden_states, scale, topk_weights, experts, ranks, rows, counts, num_rows, num_experts, capacity,
-               dtype, scales):  # fmt: skip
+def _pack_fake(hidden_states: Tensor, scale: Tensor | None, topk_weights: Tensor, experts: Tensor,
+               ranks: Tensor | None, rows: Tensor | None, counts: Tensor | None, num_rows: int, num_experts: int,
+               capacity: int, dtype: torch.dtype, scales: int) -> Tensor:  # fmt: skip
     layout = RowLayout(hidden_states.shape[1], experts.shape[1], dtype, scales)
     return hidden_states.new_empty((num_rows, layout.row_bytes), dtype=torch.uint8)
 
@@ -42,8 +44,8 @@ def _combine_fake(back: Tensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
     return back.new_empty((rows.shape[0], back.shape[1]), dtype=dtype)
 
 
-def _on_cuda(name: str) -> Callable:
-    def run(*args):
+def _on_cuda(name: str) -> Callable[..., object]:
+    def run(*args: object) -> object:
         from moe_ops.backends import exchange as backend
 
         return getattr(backend, name)(*args)

@@ -1,6 +1,7 @@
 """The ways of a call across ranks: what each sends, in which order, and where the host waits."""
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,6 +12,18 @@ from moe_ops.exchange import read_rows
 
 _ANNOUNCE = "the all-to-all of the sizes"
 _OUT, _BACK = "the all-to-all of the tokens", "the all-to-all of the partial sums"
+
+
+class Room(NamedTuple):
+    """What is known of sizes without asking other ranks.
+
+    Attributes:
+        max_tokens: the largest M of any rank.
+        capacity: rows that a rank can send to another in an all-to-all.
+    """
+
+    max_tokens: int
+    capacity: int
 
 
 def gather(call: Call, max_tokens: int) -> Tensor:
@@ -30,23 +43,23 @@ def gather(call: Call, max_tokens: int) -> Tensor:
     return out[: call.num_tokens].to(call.formats.out_dtype)
 
 
-def send_evenly(call: Call, capacity: int) -> tuple[Tensor, Tensor | None]:
-    """Each token to the ranks of its experts, `capacity` rows for each pair of ranks, and the partial sums back.
+def send_evenly(call: Call, room: Room) -> tuple[Tensor, Tensor | None]:
+    """Each token to the ranks of its experts, as many rows for each pair of ranks, and the partial sums back.
 
     Args:
         call: the call.
-        capacity: rows of each pair of ranks.
+        room: those rows.
 
     Returns:
         [M, H], NaN where a token found no room; and the rows of all ranks that found none, int64 [], or None where all
         find some.
     """
-    group, size = call.ep.group, call.ep.group.size
+    group, size, capacity = call.ep.group, call.ep.group.size, room.capacity
     placed = ep_place(call.topk_ids, call.ep.rank_of, call.ep.local_of, size, capacity)
     even = [capacity] * size
     arrived = group.all_to_all(call.pack(placed, size * capacity, capacity), even, even, _OUT)
     lost = None
-    if capacity < call.ep.max_tokens:
+    if capacity < room.max_tokens:
         lost = read_rows(arrived, call.formats.layout).lost[::capacity].sum()
     back = group.all_to_all(call.experts_on(arrived), even, even, _BACK)
     return ep_combine(back, placed[2], call.formats.out_dtype), lost
