@@ -3,7 +3,7 @@
 import torch
 
 from moe_ops import exchange
-from moe_ops.exchange import NOWHERE, RowLayout, read_rows
+from moe_ops.exchange import NO_ROOM, NOWHERE, RowLayout, read_rows
 
 EXPERTS, RANKS = 7, 3
 RANK_OF = torch.tensor([2, 0, 0, 2, 2, 0, 2], dtype=torch.int32)  # rank 1 has none
@@ -23,9 +23,9 @@ def draw(num_tokens, top_k, dtype=torch.float32, hidden=136, device="cpu"):
     return x.to(device), weights.to(device), ids.to(device)
 
 
-def pack_arguments(capacity, form, dtype, num_tokens=13, hidden=136, device="cpu"):
+def pack_arguments(capacity, form, dtype, num_tokens=13, hidden=136, device="cpu", top_k=5):
     """Arguments of `pack_rows` for a way of laying out rows: every token once (None), uneven splits (0), or even."""
-    x, weights, ids = draw(num_tokens, 4, dtype, hidden, device)
+    x, weights, ids = draw(num_tokens, top_k, dtype, hidden, device)
     row_dtype, scales = QUANTIZED[form]
     scales = exchange.scales_of(hidden, True) if scales > 1 else scales
     scale = None
@@ -40,10 +40,22 @@ def pack_arguments(capacity, form, dtype, num_tokens=13, hidden=136, device="cpu
     return x, scale, weights, experts, *placed, num_rows, bound, capacity or 0, row_dtype or dtype, scales
 
 
+# Rows of two tokens among three that come back.
+FAR_ROWS = torch.tensor([[2, -1, 0], [1, 2, -1]], dtype=torch.int32)
+
+
+def returned(dtype, hidden=136):
+    """(rows that come back, rows of each token) for `combine_rows`: some slots have no row, others found no room."""
+    rows = exchange.place_rows(draw(13, 5)[2], *TABLES, RANKS, 4)[2]
+    assert (rows == NO_ROOM).any() and (rows == NOWHERE).any()
+    back = torch.randn(RANKS * 4, hidden, generator=torch.Generator().manual_seed(hidden)).to(dtype)
+    return back, rows
+
+
 def check_packed(payload, arguments):
     """Holds packed rows against the definition: bit for bit, but for the ties of a quotient."""
     x, dtype, scales = arguments[0], *arguments[-2:]
-    layout = RowLayout(x.shape[1], 4, dtype, scales)
+    layout = RowLayout(x.shape[1], arguments[3].shape[1], dtype, scales)
     got, expected = read_rows(payload, layout), read_rows(exchange.pack_rows(*arguments), layout)
     assert torch.equal(got.topk_ids, expected.topk_ids) and torch.equal(got.lost, expected.lost)
     used = (got.topk_ids != NOWHERE).any(1)

@@ -24,6 +24,9 @@ ROUTERS = {
     "all_experts": (5, 5, {"scoring": "sigmoid"}, True),
     "one_expert": (1, 1, {}, False),
     "many_experts": (1000, 3, {"scoring": "topk_softmax"}, True),
+    "grouped_logits": (
+        48, 6, {"scoring": "topk_softmax", "num_groups": 6, "topk_groups": 3, "group_score": "top2"}, False,
+    ),
     "odd_groups": (33, 4, {"num_groups": 3, "topk_groups": 2, "group_score": "top2"}, True),
 }  # fmt: skip
 
@@ -60,3 +63,45 @@ def check(weights: Tensor, ids: Tensor, logits: Tensor, top_k: int, bias: Tensor
     assert torch.equal(ids, expected_ids)
     assert ((ids >= 0) & (ids < logits.shape[1])).all() and (ids.sort(-1).values.diff(dim=-1) > 0).all()
     torch.testing.assert_close(weights, expected, rtol=2e-5, atol=1e-9, equal_nan=True)
+
+
+def left_out_groups():
+    """Experts of -inf in the one group that is kept, and others with lower numbers in those that are not."""
+    logits = torch.full((3, 12), -float("inf"))
+    logits[0, 10], logits[1, 4], logits[2, 8] = 1.0, -2.0, -200.0
+    return logits, 3, None, {"scoring": "topk_softmax", "num_groups": 3}
+
+
+def two_equal_best():
+    """Groups whose two best are equal; by the best and the third of them, another group would be kept."""
+    logits = torch.tensor([[4.0, 1, 0, 0, 3, 0, 3, 0], [-1, -1, -9, -9, 2, -9, -9, -9]])
+    return logits, 2, None, {"scoring": "topk_softmax", "num_groups": 2, "group_score": "top2"}
+
+
+def negative_logits():
+    """Groups and experts of which the best are negative."""
+    logits, *others = draw("grouped_logits", 4)
+    return logits - 20, *others
+
+
+def large_logits(name: str):
+    """Logits whose exponential is infinite."""
+    logits, *others = draw(name, 4)
+    return logits + 300, *others
+
+
+def very_negative_logits():
+    """Logits x for which 1 + exp(x) is 1, or nearly."""
+    logits = torch.tensor([[-30.0, -20.0, -10.0, -5.0, 0.0, 5.0, 30.0, 60.0]])
+    return logits, 8, None, {"scoring": "sqrtsoftplus"}
+
+
+# What `draw` has not: functions that return as it does.
+EDGES = {
+    "left out groups": left_out_groups,
+    "two equal best": two_equal_best,
+    "negative logits": negative_logits,
+    "large logits": lambda: large_logits("qwen3"),
+    "large logits of the chosen": lambda: large_logits("gpt_oss"),
+    "very negative logits": very_negative_logits,
+}

@@ -9,14 +9,17 @@ from moe_ops import exchange
 from moe_ops.backends import exchange as backend
 from moe_ops.exchange import NO_ROOM
 from moe_ops.testing import poisoned_memory, sanitized
-from tests.exchange import QUANTIZED, RANKS, TABLES, check_packed, draw, pack_arguments
+from tests.exchange import FAR_ROWS, QUANTIZED, RANKS, TABLES, check_packed, draw, pack_arguments, returned
 
 # The interpreter's NumPy says so of NaN and infinities, which are meant.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
+# Columns beyond those that a program takes at once, in groups that fill no power of two.
+WIDE = 2184
+
 
 @pytest.mark.parametrize("capacity", [0, 3, 64])
-@pytest.mark.parametrize(("num_tokens", "top_k"), [(1, 1), (13, 4), (70, 8), (0, 2)])
+@pytest.mark.parametrize(("num_tokens", "top_k"), [(1, 1), (13, 5), (70, 8), (0, 2)])
 def test_place(num_tokens, top_k, capacity):
     _, _, ids = draw(num_tokens, top_k)
     with sanitized(), poisoned_memory():
@@ -47,14 +50,33 @@ def test_pack(capacity, form, dtype):
     check_packed(payload, arguments)
 
 
+@pytest.mark.parametrize("form", ["plain", "group", "token"])
+def test_pack_wide(form):
+    """More columns than a step takes, and units past the last scale in the last one."""
+    arguments = pack_arguments(3, form, torch.bfloat16, num_tokens=5, hidden=WIDE)
+    with poisoned_memory():
+        payload = backend.pack_rows(*arguments)
+    check_packed(payload, arguments)
+
+
+def test_far_apart():
+    """Tokens, and rows that come back, 2^30 elements apart; only the pages that are touched take memory."""
+    x, *others = pack_arguments(0, "plain", torch.bfloat16, num_tokens=3)
+    far = torch.empty_strided(x.shape, (2**30, 1), dtype=x.dtype).copy_(x)
+    check_packed(backend.pack_rows(far, *others), (x, *others))
+    back = torch.randn(3, 40).bfloat16()
+    far = torch.empty_strided(back.shape, (2**30, 1), dtype=back.dtype).copy_(back)
+    expected = exchange.combine_rows(back, FAR_ROWS, torch.float32)
+    got = backend.combine_rows(far, FAR_ROWS, torch.float32)
+    torch.testing.assert_close(got, expected, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("hidden", [136, WIDE])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_combine(dtype):
-    _, _, ids = draw(13, 5)
-    rows = exchange.place_rows(ids, *TABLES, RANKS, 4)[2]
-    assert (rows == NO_ROOM).any()
-    back = torch.randn(RANKS * 4, 136).to(dtype)
+def test_combine(dtype, hidden):
+    back, rows = returned(dtype, hidden)
     with sanitized(), poisoned_memory():
         got = backend.combine_rows(back, rows, dtype)
     expected = exchange.combine_rows(back, rows, dtype)
     torch.testing.assert_close(got, expected, rtol=0, atol=0, equal_nan=True)
-    assert backend.combine_rows(back, rows[:0], dtype).shape == (0, 136)
+    assert backend.combine_rows(back, rows[:0], dtype).shape == (0, hidden)

@@ -18,13 +18,18 @@ from torch import Tensor
 from torch.nn import functional
 
 import moe_ops
+from moe_ops import exchange
 from moe_ops.arguments import Arguments
 from moe_ops.devices import describe
 from moe_ops.dispatch import make_plan
 from moe_ops.problem import make_problem
 from moe_ops.quantization import quantize_activations
+from moe_ops.router import make_router
 from moe_ops.testing import assert_correct, assert_exact, exact_inputs, override, poisoned_memory, random_inputs
+from moe_ops.testing.sanitizer import sanitized
 from moe_ops.tuning import TileConfig
+from tests import exchange as rows
+from tests import routers
 from tests.cases import option_case, run
 from tests.quantized import hard_rows, quantized_case
 
@@ -190,6 +195,61 @@ def rows_as_defined(name: str) -> None:
     assert torch.equal(rows.values.float().nan_to_num(7), q.float().nan_to_num(7)), "the rows differ"
 
 
+def router(logits: Tensor, top_k: int, bias: Tensor | None, options: dict) -> None:
+    """The router against its definition: the same experts in the same order, and their weights."""
+    from moe_ops.backends.topk import topk_route
+
+    with poisoned_memory():
+        weights, ids = topk_route(logits, bias, make_router(logits, top_k, bias, **options))
+    routers.check(weights, ids, logits.contiguous(), top_k, bias, options)
+
+
+def router_case(name: str) -> None:
+    """A router of tests.routers: ties, NaN, infinities."""
+    logits, top_k, bias, options = routers.draw(name, 9)
+    router(guarded(logits), top_k, None if bias is None else guarded(bias), options)
+
+
+def router_strides() -> None:
+    """Experts that are not neighbours; tokens 2^30 elements apart."""
+    logits, *others = routers.draw("mixtral", 3, torch.float16)
+    router(guarded(logits.T.contiguous()).T, *others)
+    router(far_apart(logits), *others)
+
+
+def place(top_k: int, capacity: int) -> None:
+    """Rows of the send buffer against their definition: ids that are no expert's, ranks without rows or room."""
+    from moe_ops.backends import exchange as backend
+
+    ids = rows.draw(13, top_k)[2]
+    with sanitized(), poisoned_memory():
+        got = backend.place_rows(ids, *rows.TABLES, rows.RANKS, capacity)
+    for mine, expected in zip(got, exchange.place_rows(ids, *rows.TABLES, rows.RANKS, capacity), strict=True):
+        assert torch.equal(mine, expected)
+
+
+def pack(capacity: int | None, form: str, edit: Callable[[Tensor], Tensor] = guarded, **sizes) -> None:
+    """The rows that are sent against their definition."""
+    from moe_ops.backends import exchange as backend
+
+    arguments = rows.pack_arguments(capacity, form, torch.float16, **sizes)
+    hidden, *others = arguments
+    others = [guarded(value) if isinstance(value, Tensor) else value for value in others]
+    with poisoned_memory():
+        payload = backend.pack_rows(edit(hidden), *others)
+    rows.check_packed(payload, arguments)
+
+
+def combine(back: Tensor, placed: Tensor) -> None:
+    """The sum of rows that come back against its definition."""
+    from moe_ops.backends import exchange as backend
+
+    with sanitized(), poisoned_memory():
+        got = backend.combine_rows(back, placed, torch.float32)
+    expected = exchange.combine_rows(back, placed, torch.float32)
+    torch.testing.assert_close(got, expected, rtol=0, atol=0, equal_nan=True)
+
+
 def blockscaled(name: str, **sizes) -> None:
     """A format of blocks through the block-scaled kernel, with more tiles than its programs hold, five times over."""
     sizes = {"num_tokens": 700, "hidden": 288, "intermediate": 160} | sizes
@@ -254,6 +314,22 @@ CHECKS = {
     },
     **{f"scales that are nan, {variant}": partial(scales_that_are_nan, variant) for variant in ("sorted", "direct")},
     **{f"rows of {name}": partial(rows_as_defined, name) for name in ("fp8_channel", "fp8_block", "int8_channel")},
+    **{f"router {name}": partial(router_case, name) for name in routers.ROUTERS},
+    **{f"router {name}": lambda draw=draw: router(*draw()) for name, draw in routers.EDGES.items()},
+    "router strides": router_strides,
+    "place": partial(place, 5, 0),
+    "place, 3 rows a rank": partial(place, 5, 3),
+    "pack plain, a row a token": partial(pack, None, "plain"),
+    "pack plain, uneven splits": partial(pack, 0, "plain"),
+    "pack plain, 3 rows a rank": partial(pack, 3, "plain"),
+    "pack plain, 16 rows a rank": partial(pack, 16, "plain"),
+    "pack given, 3 rows a rank": partial(pack, 3, "given"),
+    "pack wide plain": partial(pack, 3, "plain", num_tokens=5, hidden=2184),
+    "pack wide group": partial(pack, 3, "group", num_tokens=5, hidden=2184),
+    "pack far apart": partial(pack, 0, "plain", far_apart, num_tokens=3),
+    "combine": lambda: combine(*rows.returned(torch.float32)),
+    "combine wide": lambda: combine(*rows.returned(torch.float32, 2184)),
+    "combine far apart": lambda: combine(far_apart(torch.randn(3, 40).half()), rows.FAR_ROWS),
 }
 
 

@@ -1,6 +1,8 @@
 """Mutations of the kernels' sources: one small mistake each, of the kind that kernels have had."""
 
+from tests.mutants.exchange import EXCHANGE_MUTATIONS
 from tests.mutants.mutation import Mutation
+from tests.mutants.router import ROUTER_MUTATIONS
 
 # fmt: off
 MUTATIONS = [
@@ -279,5 +281,7 @@ MUTATIONS = [
         "gemv_input_scale_of_group_0", "gemv", "k // 128", "0 * k", "hidden states by the scales of their first group",
         "direct fp8_block_given",
     ),
+    *ROUTER_MUTATIONS,
+    *EXCHANGE_MUTATIONS,
 ]
 # fmt: on
