@@ -23,9 +23,9 @@ def draw(num_tokens, top_k, dtype=torch.float32, hidden=136, device="cpu"):
     return x.to(device), weights.to(device), ids.to(device)
 
 
-def pack_arguments(capacity, form, dtype, num_tokens=13, hidden=136, device="cpu", top_k=5):
+def pack_arguments(capacity, form, dtype, num_tokens=13, hidden=136, device="cpu"):
     """Arguments of `pack_rows` for a way of laying out rows: every token once (None), uneven splits (0), or even."""
-    x, weights, ids = draw(num_tokens, top_k, dtype, hidden, device)
+    x, weights, ids = draw(num_tokens, 5, dtype, hidden, device)
     row_dtype, scales = QUANTIZED[form]
     scales = exchange.scales_of(hidden, True) if scales > 1 else scales
     scale = None

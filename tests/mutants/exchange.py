@@ -7,6 +7,7 @@ EXCHANGE_MUTATIONS = [
     Mutation(
         "token_past_the_last_placed", "exchange", "mask = (tokens < num_tokens)[:, None] & (slots < TOP_K)[None, :]",
         "mask = (tokens >= 0)[:, None] & (slots < TOP_K)[None, :]", "ids past the last token are read", "place",
+        in_full=True,
     ),
     Mutation(
         "slot_past_top_k_placed", "exchange", "(tokens < num_tokens)[:, None] & (slots < TOP_K)[None, :]",
@@ -19,10 +20,11 @@ EXCHANGE_MUTATIONS = [
     Mutation(
         "dropped_slot_of_expert_0", "exchange", "tl.load(local_of_ptr + experts, mask=known, other=-1)",
         "tl.load(local_of_ptr + experts, mask=known, other=0)", "an id that is no expert's is expert 0", "place",
+        in_full=True,
     ),
     Mutation(
         "last_slot_of_a_rank", "exchange", "(slots > step)", "(slots < step)",
-        "the row belongs to a token's last slot of a rank", "place",
+        "the row belongs to a token's last slot of a rank", "place", in_full=True,
     ),
     Mutation(
         "slots_counted", "exchange", "tl.reshape(first, (TOKENS * TOP_K_POW2,))",
@@ -34,7 +36,7 @@ EXCHANGE_MUTATIONS = [
     ),
     Mutation(
         "rows_before_include_the_rank", "exchange", "bins[None, :] < rank[:, None]", "bins[None, :] <= rank[:, None]",
-        "a rank's rows begin behind themselves", "place, 3 rows a rank",
+        "a rank's rows begin behind themselves", "place, 3 rows a rank", in_full=True,
     ),
     Mutation(
         "row_past_capacity", "exchange", "tl.where(place < capacity, rank", "tl.where(place <= capacity, rank",
@@ -50,11 +52,11 @@ EXCHANGE_MUTATIONS = [
     ),
     Mutation(
         "slot_past_top_k_packed", "exchange", "mask = slots < TOP_K\n", "mask = slots >= 0\n",
-        "experts and weights are read past the last slot", "pack plain, a row a token",
+        "experts and weights are read past the last slot", "pack plain, a row a token", in_full=True,
     ),
     Mutation(
         "expert_one_past_the_last", "exchange", "(experts < num_experts)", "(experts <= num_experts)",
-        "an id that is one too large is sent", "pack plain, a row a token",
+        "an id that is one too large is sent", "pack plain, a row a token", in_full=True,
     ),
     Mutation(
         "expert_narrowed_first", "exchange", "tl.load(experts_ptr + program * TOP_K + slots, mask=mask, other=-1)",
@@ -84,7 +86,7 @@ EXCHANGE_MUTATIONS = [
     Mutation(
         "columns_past_h_sent", "exchange", "tl.store(out_ptr + row * stride_on + columns, x, mask=columns < H)",
         "tl.store(out_ptr + row * stride_on + columns, x)", "a row is written past its last column",
-        "pack wide plain",
+        "pack wide plain", in_full=True,
     ),
     Mutation(
         "given_scales_in_one_word", "exchange", "tl.store(words + scale_word + index,", "tl.store(words + scale_word,",
@@ -92,7 +94,7 @@ EXCHANGE_MUTATIONS = [
     ),
     Mutation(
         "given_scale_of_group_0", "exchange", "group * stride_sg", "0 * stride_sg",
-        "every group by the scale of the first", "pack given, 3 rows a rank",
+        "every group by the scale of the first", "pack given, 3 rows a rank", in_full=True,
     ),
     Mutation(
         "row_after_the_last_filled", "exchange", "rank.to(tl.int64) * capacity < count",
@@ -102,7 +104,7 @@ EXCHANGE_MUTATIONS = [
     Mutation(
         "empty_row_of_expert_0", "exchange", "tl.full((TOP_K_POW2,), -1, tl.int32)",
         "tl.full((TOP_K_POW2,), 0, tl.int32)", "a row that no token has goes to expert 0",
-        "pack plain, 16 rows a rank",
+        "pack plain, 16 rows a rank", in_full=True,
     ),
     Mutation(
         "lost_unsaid_in_empty_rows", "exchange", "mask=slots < TOP_K)\n            tl.store(words + lost_word, lost)",
@@ -115,7 +117,7 @@ EXCHANGE_MUTATIONS = [
     ),
     Mutation(
         "returned_row_offset_int32", "exchange", "mask=k < top_k, other=-1).to(tl.int64)", "mask=k < top_k, other=-1)",
-        "offset of a row beyond 2^31 elements wraps", "combine far apart",
+        "offset of a row beyond 2^31 elements wraps", "combine far apart", in_full=True,
     ),
     Mutation(
         "row_before_the_first_read", "exchange", "mask=columns < tl.where(row >= 0, H, 0)", "mask=columns < H",
@@ -127,10 +129,11 @@ EXCHANGE_MUTATIONS = [
     ),
     Mutation(
         "last_row_alone", "exchange", "total += tl.where(row", "total = tl.where(row", "rows are not added", "combine",
+        in_full=True,
     ),
     Mutation(
         "columns_of_the_first_block", "exchange", "(tl.program_id(0) % num_h) * BLOCK_H + ", "",
-        "a wide result is its first columns alone", "combine wide",
+        "a wide result is its first columns alone", "combine wide", in_full=True,
     ),
 ]
 # fmt: on

@@ -15,6 +15,7 @@ class Mutation:
         new: what takes its place.
         breaks: what is wrong then.
         first: the check of `checks` to begin with; the others follow if it lets the mutant live.
+        in_full: checked only with MOE_OPS_TESTS=all, since another mutant is of its kind.
     """
 
     name: str
@@ -23,6 +24,7 @@ class Mutation:
     new: str
     breaks: str
     first: str
+    in_full: bool = False
 
     def apply(self, package: Path) -> str:
         """Edits the copy of the package; returns the mutated source."""

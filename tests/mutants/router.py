@@ -17,7 +17,7 @@ ROUTER_MUTATIONS = [
     ),
     Mutation(
         "negative_key_not_turned_back", "topk", "return (key ^ ((key >> 31) & 0x7FFFFFFF))", "return key",
-        "groups by other scores than their experts' where those are negative", "router negative logits",
+        "groups by other scores than their experts' where those are negative", "router negative logits", in_full=True,
     ),
     Mutation(
         "log1p_of_what_rounding_left", "topk",
@@ -31,7 +31,7 @@ ROUTER_MUTATIONS = [
     ),
     Mutation(
         "second_best_alone", "topk", "score += _score_of_key(", "score = _score_of_key(",
-        "a group's score is its second best expert's", "router deepseek_v3",
+        "a group's score is its second best expert's", "router deepseek_v3", in_full=True,
     ),
     Mutation(
         "tied_group_to_the_last", "topk", "tl.min(tl.where(group_key == tl.max(group_key, 0), group, _NO_EXPERT), 0)",
@@ -40,7 +40,7 @@ ROUTER_MUTATIONS = [
     ),
     Mutation(
         "group_too_few", "topk", "for _ in range(TOP_GROUPS):", "for _ in range(TOP_GROUPS - 1):",
-        "the last of the groups is not kept", "router deepseek_v3",
+        "the last of the groups is not kept", "router deepseek_v3", in_full=True,
     ),
     Mutation(
         "left_out_as_minus_infinity", "topk", "key = tl.where(kept, key, _TAKEN)",
@@ -53,11 +53,11 @@ ROUTER_MUTATIONS = [
     ),
     Mutation(
         "group_past_the_last", "topk", "present = (group < GROUPS) & (member < SIZE)", "present = member < SIZE",
-        "a row is read past its last group", "router odd_groups",
+        "a row is read past its last group", "router odd_groups", in_full=True,
     ),
     Mutation(
         "experts_by_place", "topk", "group * SIZE + member", "group * SIZE_POW2 + member",
-        "groups as long as their places", "router deepseek_v2",
+        "groups as long as their places", "router deepseek_v2", in_full=True,
     ),
     Mutation(
         "places_in_the_softmax", "topk",
@@ -79,7 +79,7 @@ ROUTER_MUTATIONS = [
     ),
     Mutation(
         "highest_of_the_chosen_not_subtracted", "topk", "tl.exp(weights - tl.max(weights, 0))", "tl.exp(weights)",
-        "softmax of large logits of the chosen overflows", "router large logits of the chosen",
+        "softmax of large logits of the chosen overflows", "router large logits of the chosen", in_full=True,
     ),
     Mutation(
         "tie_to_the_last", "topk", "first = tl.min(tl.where(key == tl.max(key, 0), expert, _NO_EXPERT), 0)",
@@ -88,7 +88,7 @@ ROUTER_MUTATIONS = [
     ),
     Mutation(
         "equal_scores_taken_at_once", "topk", "tl.where(expert == first, _TAKEN, key)",
-        "tl.where(key == tl.max(key, 0), _TAKEN, key)", "of equal scores one is chosen", "router olmoe",
+        "tl.where(key == tl.max(key, 0), _TAKEN, key)", "of equal scores one is chosen", "router olmoe", in_full=True,
     ),
     Mutation(
         "chosen_without_stride", "topk", "ids.to(tl.int64) * stride_le", "ids",
@@ -116,7 +116,7 @@ ROUTER_MUTATIONS = [
     ),
     Mutation(
         "rows_of_columns", "topk", "at = token * TOP_K + columns", "at = token * TOP_K_POW2 + columns",
-        "results as far apart as their columns", "router deepseek_v2",
+        "results as far apart as their columns", "router deepseek_v2", in_full=True,
     ),
 ]
 # fmt: on
