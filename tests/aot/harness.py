@@ -25,6 +25,7 @@ from moe_ops.problem import Arguments, make_problem
 KIB = 1024
 DEVICES = {
     80: Device("cuda", "A100", (8, 0), 108, 163 * KIB, triton.__version__, True),
+    89: Device("cuda", "RTX 4090", (8, 9), 128, 99 * KIB, triton.__version__, True),
     90: Device("cuda", "H200", (9, 0), 132, 227 * KIB, triton.__version__, True),
     100: Device("cuda", "B200", (10, 0), 148, 227 * KIB, triton.__version__, True),
     120: Device("cuda", "RTX 5090", (12, 0), 170, 99 * KIB, triton.__version__, True),
