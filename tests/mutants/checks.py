@@ -199,7 +199,7 @@ def router(logits: Tensor, top_k: int, bias: Tensor | None, options: dict) -> No
     """The router against its definition: the same experts in the same order, and their weights."""
     from moe_ops.backends.topk import topk_route
 
-    with poisoned_memory():
+    with sanitized(), poisoned_memory():
         weights, ids = topk_route(logits, bias, make_router(logits, top_k, bias, **options))
     routers.check(weights, ids, logits.contiguous(), top_k, bias, options)
 
@@ -228,14 +228,18 @@ def place(top_k: int, capacity: int) -> None:
         assert torch.equal(mine, expected)
 
 
-def pack(capacity: int | None, form: str, edit: Callable[[Tensor], Tensor] = guarded, **sizes) -> None:
+def pack(
+    capacity: int | None, form: str, dtype: torch.dtype = torch.float32, edit: Callable[[Tensor], Tensor] = guarded,
+    **sizes,
+) -> None:  # fmt: skip
     """The rows that are sent against their definition."""
     from moe_ops.backends import exchange as backend
 
-    arguments = rows.pack_arguments(capacity, form, torch.float16, **sizes)
+    arguments = rows.pack_arguments(capacity, form, dtype, **sizes)
     hidden, *others = arguments
     others = [guarded(value) if isinstance(value, Tensor) else value for value in others]
-    with poisoned_memory():
+    # The sanitizer knows a memory by one dtype, and the words of a row are 32 bits beside values of any size.
+    with sanitized() if others[-2].itemsize == 4 else contextlib.nullcontext(), poisoned_memory():
         payload = backend.pack_rows(edit(hidden), *others)
     rows.check_packed(payload, arguments)
 
@@ -326,7 +330,7 @@ CHECKS = {
     "pack given, 3 rows a rank": partial(pack, 3, "given"),
     "pack wide plain": partial(pack, 3, "plain", num_tokens=5, hidden=2184),
     "pack wide group": partial(pack, 3, "group", num_tokens=5, hidden=2184),
-    "pack far apart": partial(pack, 0, "plain", far_apart, num_tokens=3),
+    "pack far apart": partial(pack, 0, "plain", torch.float16, far_apart, num_tokens=3),
     "combine": lambda: combine(*rows.returned(torch.float32)),
     "combine wide": lambda: combine(*rows.returned(torch.float32, 2184)),
     "combine far apart": lambda: combine(far_apart(torch.randn(3, 40).half()), rows.FAR_ROWS),

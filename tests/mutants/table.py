@@ -1,4 +1,4 @@
-"""Runs every mutant and writes the tables of docs/testing.md: `python -m tests.mutants.table`, about a minute.
+"""Runs every mutant and writes the tables of docs/testing.md: `python -m tests.mutants.table`, about three minutes.
 
 The table of the GPU mutants says who killed them where there is a Hopper GPU, and keeps what it said elsewhere.
 """
