@@ -24,7 +24,7 @@ from tests.cases import OPTIONS, SMALL, option_case
 from tests.fuzz import drawing
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-EXAMPLES = int(os.environ.get("MOE_OPS_FUZZ_EXAMPLES", "60"))
+EXAMPLES = int(os.environ.get("MOE_OPS_FUZZ_EXAMPLES", "40"))
 # Checks an option case through the library in sys.argv[1].
 CASES = """
 import sys, torch

@@ -65,12 +65,14 @@ def test_generate(tmp_path):
     assert len(list(tmp_path.iterdir())) == 1
 
 
+@in_full
 def test_generate_refuses_bad_options():
     pytest.importorskip("transformers", minversion="5.17")
     done = run(ROOT / "examples" / "generate.py", "--tokens", "0")
     assert done.returncode == 2 and "--tokens must be at least 1" in done.stderr
 
 
+@in_full
 def test_quantize_experts():
     pytest.importorskip("transformers", minversion="5.17")
     example = ROOT / "examples" / "quantize_experts.py"
@@ -93,12 +95,14 @@ def test_quantize_experts():
     assert "WRONG: more than roundings\n" in done.stdout and done.returncode == 1, done.stderr
 
 
+@in_full
 def test_quantize_experts_refuses_bad_options():
     pytest.importorskip("transformers", minversion="5.17")
     done = run(ROOT / "examples" / "quantize_experts.py", "--format", "int3")
     assert done.returncode == 2 and "invalid choice: 'int3'" in done.stderr
 
 
+@in_full
 def test_hf_generate():
     pytest.importorskip("transformers", minversion="5.17")
     example = ROOT / "examples" / "hf_generate.py"
@@ -112,6 +116,7 @@ def test_hf_generate():
     assert "logits differ by" in done.stdout and done.returncode == 1, done.stderr
 
 
+@in_full
 def test_serve_block():
     pytest.importorskip("transformers", minversion="5.17")
     example = ROOT / "examples" / "serve_block.py"

@@ -16,7 +16,7 @@ from moe_ops.tuning import TileConfig
 from tests.cases import run
 from tests.fuzz import drawing
 
-EXAMPLES = int(os.environ.get("MOE_OPS_FUZZ_EXAMPLES", "60"))
+EXAMPLES = int(os.environ.get("MOE_OPS_FUZZ_EXAMPLES", "40"))
 # Without a sort: fewer and larger programs than the heuristic's, as the interpreter's time goes by the number of steps.
 DIRECT = TileConfig(1, 64, 128)
 QUANTIZED = {"max_size": 288, "max_tokens": 24, "max_experts": 5, "quantized": formats()}

@@ -13,6 +13,7 @@ from moe_ops.devices import describe
 from moe_ops.tuning import TileConfig
 from moe_ops.tuning.lookup import heuristic_tiles
 from moe_ops.tuning.table import Tiles
+from tests.amount import params
 
 CALLS = {
     form: Call((4, 2, 128, 64), 9, "float16", form, "classic") for form in ("none", "int8_channel", "int4", "fp8_block")
@@ -45,7 +46,7 @@ def instant(monkeypatch):
     monkeypatch.setattr(worker, "forced", lambda args, path, tiles: lambda: torch.ones_like(args.hidden_states))
 
 
-@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("name", params(CALLS, ["none", "int4"]))
 def test_race_and_verification(name, clock):
     call, engine, events = CALLS[name], worker.Engine("cpu"), []
     own = heuristic_tiles(call.problem(), describe(torch.device("cpu")), call.path)
