@@ -3,10 +3,9 @@
 from collections.abc import Hashable
 
 import torch
-import triton
 from torch import Tensor
 
-from moe_ops.backends.launch import Launcher, on_device
+from moe_ops.backends.launch import cdiv, facts_of, launcher_of, next_power_of_2, on_device
 from moe_ops.backends.quantize import LARGEST
 from moe_ops.backends.routing import sort_routes
 from moe_ops.exchange import RowLayout
@@ -16,23 +15,11 @@ from moe_ops.quantization.scheme import GROUP
 _TOKENS, _ROUTES = 16, 128
 _COLUMNS = 2048
 _UNROLL = 4
-# Kernels compiled for calls seen before, by everything that they are specialised on; what a model repeats is few.
-_MAX_ENTRIES = 4096
-_kept: dict[Hashable, dict] = {}
-
-
-def _launcher(*facts: Hashable) -> Launcher:
-    """Of calls alike in the given facts: `facts_of` their tensors and whatever else is a constant of the kernels."""
-    if facts not in _kept and len(_kept) >= _MAX_ENTRIES:
-        _kept.clear()
-    return Launcher(_kept.setdefault(facts, {}))
 
 
 def _facts_of(tensor: Tensor | None) -> Hashable:
-    """What a kernel is specialised on of a tensor; nothing of one that is not there."""
-    if tensor is None:
-        return None
-    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.data_ptr() % 16
+    """As `facts_of`, and the sizes, which are constants of these kernels."""
+    return tensor if tensor is None else (tensor.shape, facts_of(tensor))
 
 
 def place_rows(
@@ -45,19 +32,19 @@ def place_rows(
     counts = ids.new_zeros((num_ranks,), dtype=torch.int32)
     if num_tokens == 0:
         return ranks, local, first, counts
-    launch = _launcher("place", _facts_of(ids), num_ranks)
-    sizes = {"NUM_RANKS": num_ranks, "RANKS_POW2": triton.next_power_of_2(num_ranks + 1)}
+    launch = launcher_of("place", _facts_of(ids), num_ranks)
+    sizes = {"NUM_RANKS": num_ranks, "RANKS_POW2": next_power_of_2(num_ranks + 1)}
     with on_device(ids):
         launch(
-            "first", kernels.first_slots_kernel, triton.cdiv(num_tokens, _TOKENS),
+            "first", kernels.first_slots_kernel, cdiv(num_tokens, _TOKENS),
             (ids, rank_of, local_of, ranks, local, first, counts, num_tokens, rank_of.shape[0]),
-            lambda: {"TOP_K": top_k, "TOKENS": _TOKENS, "TOP_K_POW2": triton.next_power_of_2(top_k), **sizes},
+            lambda: {"TOP_K": top_k, "TOKENS": _TOKENS, "TOP_K_POW2": next_power_of_2(top_k), **sizes},
         )  # fmt: skip
         # The stable sort that puts routes in the order of their experts puts rows in the order of their ranks.
         rows = sort_routes(first, num_ranks, 1, launch=launch).inverse
         if capacity:
             launch(
-                "spread", kernels.spread_kernel, triton.cdiv(rows.numel(), _ROUTES),
+                "spread", kernels.spread_kernel, cdiv(rows.numel(), _ROUTES),
                 (rows, first, counts, rows.numel(), capacity), lambda: {**sizes, "ROUTES": _ROUTES},
             )  # fmt: skip
     return ranks, local, rows.view(num_tokens, top_k), counts
@@ -87,7 +74,7 @@ def pack_rows(
     topk_weights, experts = topk_weights.contiguous(), experts.contiguous()
     num_ranks = 1 if counts is None else counts.shape[0]
     tensors = (hidden_states, scale, topk_weights, experts)
-    launch = _launcher("pack", *map(_facts_of, tensors), dtype, scales, ranks is None, rows is None, counts is None,
+    launch = launcher_of("pack", *map(_facts_of, tensors), dtype, scales, ranks is None, rows is None, counts is None,
                        num_ranks)  # fmt: skip
     with on_device(hidden_states):
         launch(
@@ -99,9 +86,9 @@ def pack_rows(
              layout.expert_offset // 4, layout.weight_offset // 4, layout.lost_offset // 4),
             lambda: {
                 **_pack_tile(hidden, scales, scale is not None), "TOP_K": top_k,
-                "TOP_K_POW2": triton.next_power_of_2(top_k), "SLOTS": 1 if rows is None else top_k,
+                "TOP_K_POW2": next_power_of_2(top_k), "SLOTS": 1 if rows is None else top_k,
                 "SCALES": scales, "GIVEN": scale is not None, "LARGEST": LARGEST.get(dtype, 1.0),
-                "NUM_RANKS": num_ranks, "RANKS_POW2": triton.next_power_of_2(num_ranks + 1),
+                "NUM_RANKS": num_ranks, "RANKS_POW2": next_power_of_2(num_ranks + 1),
             },
         )  # fmt: skip
     return payload
@@ -110,8 +97,8 @@ def pack_rows(
 def _pack_tile(hidden: int, scales: int, given: bool) -> dict[str, int]:
     """Columns that a program of the pack kernel takes at once."""
     # One scale for all columns needs them at once.
-    width = triton.next_power_of_2(hidden) if scales == 1 and not given else GROUP
-    units = max(1, min(_COLUMNS, triton.next_power_of_2(hidden)) // width)
+    width = next_power_of_2(hidden) if scales == 1 and not given else GROUP
+    units = max(1, min(_COLUMNS, next_power_of_2(hidden)) // width)
     return {"WIDTH": width, "UNITS": units, "num_warps": min(16, max(4, width * units // 512))}
 
 
@@ -121,12 +108,12 @@ def combine_rows(back: Tensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
     out = back.new_empty((num_tokens, hidden), dtype=dtype)
     if num_tokens == 0:
         return out
-    block_h = min(_COLUMNS, triton.next_power_of_2(hidden))
-    launch = _launcher("combine", _facts_of(back), _facts_of(rows), dtype)
+    block_h = min(_COLUMNS, next_power_of_2(hidden))
+    launch = launcher_of("combine", _facts_of(back), _facts_of(rows), dtype)
     with on_device(back):
         launch(
-            "combine", kernels.sum_kernel, num_tokens * triton.cdiv(hidden, block_h),
+            "combine", kernels.sum_kernel, num_tokens * cdiv(hidden, block_h),
             (back, rows, out, top_k, hidden, back.stride(0), out.stride(0)),
-            lambda: {"BLOCK_H": block_h, "UNROLL": min(_UNROLL, triton.next_power_of_2(top_k))},
+            lambda: {"BLOCK_H": block_h, "UNROLL": min(_UNROLL, next_power_of_2(top_k))},
         )  # fmt: skip
     return out

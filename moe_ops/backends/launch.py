@@ -58,6 +58,25 @@ class Launcher:
             self._kept[name] = compiled, tuple(values[constexpr] for constexpr in kernel.arg_names[len(args) :])
 
 
+# Compiled kernels of launches that have no plan, by everything that they are specialised on; a program has few kinds.
+_MAX_ENTRIES, _ALIGNMENT = 4096, 16
+_kept: dict[Hashable, dict] = {}
+
+
+def launcher_of(*facts: Hashable) -> Launcher:
+    """For launches without a plan: of calls alike in the given facts, `facts_of` their tensors and all constexprs."""
+    if facts not in _kept and len(_kept) >= _MAX_ENTRIES:
+        _kept.clear()
+    return Launcher(_kept.setdefault(facts, {}))
+
+
+def facts_of(tensor: Tensor | None) -> Hashable:
+    """What a kernel is specialised on of a tensor whose sizes it does not take; None of one that is not there."""
+    if tensor is None:
+        return None
+    return tensor.stride(), tensor.dtype, tensor.device, tensor.data_ptr() % _ALIGNMENT
+
+
 # Triton's own two take microseconds on the host, and every launch has some. Sizes may be those of `moe_ops.aot.counts`,
 # which write down the operators that they meet.
 def cdiv(a: int, b: int) -> int:

@@ -1,20 +1,14 @@
 """The launch of the router."""
 
-from collections.abc import Hashable
-
 from torch import Tensor
 
-from moe_ops.backends.launch import Launcher, next_power_of_2, on_device
+from moe_ops.backends.launch import facts_of, launcher_of, next_power_of_2, on_device
 from moe_ops.kernels.topk import topk_route_kernel
 from moe_ops.router import EPSILON, Router, empty_choice
 
 # Scores of a warp: eight in each thread.
 _PER_WARP = 256
 _MOST_WARPS = 8
-_MAX_ENTRIES, _ALIGNMENT = 4096, 16
-
-# Compiled kernels by everything that they are specialised on.
-_kept: dict[Hashable, dict] = {}
 
 
 def topk_route(logits: Tensor, correction_bias: Tensor | None, router: Router) -> tuple[Tensor, Tensor]:
@@ -23,19 +17,12 @@ def topk_route(logits: Tensor, correction_bias: Tensor | None, router: Router) -
     if len(logits) == 0:
         return weights, ids
     bias = None if correction_bias is None else correction_bias.contiguous()
-    key = (router, logits.stride(), *_facts(logits), None if bias is None else _facts(bias))
-    if len(_kept) >= _MAX_ENTRIES:
-        _kept.clear()
     with on_device(logits):
-        Launcher(_kept.setdefault(key, {}))(
+        launcher_of(router, facts_of(logits), facts_of(bias))(
             "topk", topk_route_kernel, len(logits),
             (logits, bias, weights, ids, router.routed_scaling_factor, *logits.stride()), lambda: _options(router),
         )  # fmt: skip
     return weights, ids
-
-
-def _facts(tensor: Tensor) -> tuple[Hashable, ...]:
-    return tensor.dtype, tensor.device, tensor.data_ptr() % _ALIGNMENT
 
 
 def _options(router: Router) -> dict[str, object]:

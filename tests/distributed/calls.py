@@ -12,6 +12,14 @@ SIZES = {"hidden": 48, "intermediate": 40, "experts": 5, "top_k": 3}
 _OF_EXPERTS = ("w1", "w2", "w1_bias", "w2_bias", "w1_scale", "w2_scale", "w1_zero_point", "w2_zero_point")
 
 
+class Cases(dict):
+    """Functions of a `Rank` by name; decorates them."""
+
+    def __call__(self, function):
+        self[function.__name__] = function
+        return function
+
+
 def uneven(size):
     """Tokens of each rank: one has none, and one has one."""
     return [0, 1, 7, 12][-size:] if size > 2 else [0, 9]

@@ -17,7 +17,8 @@ from moe_ops.distributed import (
 )
 from moe_ops.nn import FusedExperts, MoELayer
 from moe_ops.testing import assert_correct, exact_inputs, poisoned_memory
-from tests.distributed.calls import SIZES, check, draw, hold, of_experts, of_rank, run, uneven
+from tests.distributed import traced_cases
+from tests.distributed.calls import SIZES, Cases, check, draw, hold, of_experts, of_rank, run, uneven
 from tests.quantized import FORMATS, quantized_case
 
 MOST = 12
@@ -30,15 +31,10 @@ WAYS = {
     "auto padded": {"max_tokens": MOST},
     "fallback": {"way": "alltoall", "max_tokens": MOST, "capacity": 2},
 }
-CASES = {}
+CASES = Cases(traced_cases.CASES)
 
 
-def case(function):
-    CASES[function.__name__] = function
-    return function
-
-
-@case
+@CASES
 def ways(me):
     for way in WAYS.values():
         for dtype in (torch.float32, torch.bfloat16):
@@ -46,7 +42,7 @@ def ways(me):
                 check(me, draw(me, uneven(me.size), dtype=dtype), uneven(me.size), **way)
 
 
-@case
+@CASES
 def hostile_ids(me):
     for way in WAYS.values():
         for index in (torch.int32, torch.int64):
@@ -57,7 +53,7 @@ def hostile_ids(me):
                 check(me, args, uneven(me.size), **way)
 
 
-@case
+@CASES
 def no_tokens(me):
     """M = 0 on every rank, and routes to nobody."""
     counts = [0] * me.size
@@ -72,7 +68,7 @@ def no_tokens(me):
         assert out.shape == mine.hidden_states.shape and (out == 0).all()
 
 
-@case
+@CASES
 def routings(me):
     """Skewed ones, duplicate ids, and more slots than experts."""
     counts = uneven(me.size)
@@ -81,7 +77,7 @@ def routings(me):
             check(me, draw(me, counts, routing=routing, top_k=6), counts, **WAYS[way])
 
 
-@case
+@CASES
 def options(me):
     counts = uneven(me.size)
     for way in ("gather padded", "alltoall"):
@@ -94,7 +90,7 @@ def options(me):
         assert check(me, half, counts, **WAYS[way]).dtype == torch.float32
 
 
-@case
+@CASES
 def placements(me):
     """Experts in any order, and ranks with few of them or none."""
     counts, others = uneven(me.size), list(range(me.size - 1))
@@ -109,7 +105,7 @@ def placements(me):
         check(me, draw(me, counts, experts=2), counts, few, **way)
 
 
-@case
+@CASES
 def exact(me):
     """Every value an integer: bit for bit the op of one process."""
     counts = uneven(me.size)
@@ -123,7 +119,7 @@ def exact(me):
             assert torch.equal(out, expected)
 
 
-@case
+@CASES
 def repeated(me):
     counts = uneven(me.size)
     for way in WAYS.values():
@@ -143,17 +139,17 @@ def _formats(me, names):
                 assert torch.equal(quantized, check(me, args, counts, payload="plain", **WAYS[way]))
 
 
-@case
+@CASES
 def formats(me):
     _formats(me, ("fp8_block", "fp8_channel", "fp8_block_given", "fp8_given_tensor", "int8_channel", "int4"))
 
 
-@case
+@CASES
 def all_formats(me):
     _formats(me, FORMATS)
 
 
-@case
+@CASES
 def payload_bytes(me):
     """Half the bytes, and the scales, travel."""
     args = of_rank(quantized_case("fp8_block", torch.bfloat16, num_tokens=4 * me.size, hidden=256, experts=5),
@@ -169,7 +165,7 @@ def payload_bytes(me):
     assert told["plain"].traffic.out_bytes / told["plain"].traffic.rows == 640
 
 
-@case
+@CASES
 def rounded_partial_sums(me):
     """With combine_dtype=bfloat16 each rank's partial sum is rounded once more: seen, and bounded by the roundings."""
     counts = [40] * me.size
@@ -184,7 +180,7 @@ def rounded_partial_sums(me):
     assert ((sent.float() - whole.float()).abs() <= bound).all()
 
 
-@case
+@CASES
 def capacity(me):
     """Too little of it: NaN for the tokens without room and for nobody else, and an error on every rank."""
     counts = [6] * me.size
@@ -205,7 +201,7 @@ def capacity(me):
     ep.raise_on_overflow()  # counted from anew
 
 
-@case
+@CASES
 def capacity_on_one_rank(me):
     """One rank alone runs out of room: the others know, too, and with "fallback" all of them run again."""
     counts = [6] * me.size
@@ -218,7 +214,7 @@ def capacity_on_one_rank(me):
     check(me, args, counts, on_overflow="fallback", **options)
 
 
-@case
+@CASES
 def meshes(me):
     """A dimension of a larger mesh, whose other one has other tokens."""
     counts = uneven(me.size)
@@ -243,7 +239,7 @@ def meshes(me):
         hold(ep.fused_moe(*positional, **named), mine)
 
 
-@case
+@CASES
 def beside_fsdp(me):
     """Dense layers sharded over all ranks, experts over one dimension of a mesh and over all of it."""
     from torch.distributed.fsdp import fully_shard
@@ -264,7 +260,7 @@ def beside_fsdp(me):
             torch.testing.assert_close(model(x), whole(x), rtol=1e-5, atol=1e-6)
 
 
-@case
+@CASES
 def layers(me):
     """MoELayer with a state dict of all experts; uneven, quantised, with a shared expert."""
     torch.manual_seed(0)
@@ -298,110 +294,7 @@ def layers(me):
         raise AssertionError("a backward ran")
 
 
-def _traced(me, backend):
-    args = draw(me, [6] * me.size, dtype=torch.float32)
-    mine = of_rank(args, [6] * me.size, me.rank)
-    for options in (
-        {"way": "gather", "max_tokens": 8},
-        {"way": "alltoall", "max_tokens": 8},
-        {"max_tokens": 8},
-        {"way": "alltoall", "max_tokens": 8, "capacity": 7, "on_overflow": "error"},
-    ):
-        torch.compiler.reset()
-        ep = ExpertParallel(None, 5, **options)
-        positional, named = of_experts(mine, ep.local_experts)
-        with torch.no_grad():
-            compiled = torch.compile(lambda x: ep.fused_moe(x, *positional[1:], **named) * 2,  # noqa: B023
-                                     fullgraph=True, backend=backend)  # fmt: skip
-            out = compiled(mine.hidden_states)
-        hold(out / 2, mine)
-    ep = ExpertParallel(None, 5)
-    try:
-        torch.compile(lambda x: ep.fused_moe(x, *positional[1:], **named), fullgraph=True, backend=backend)(
-            mine.hidden_states
-        )
-    except Exception as error:
-        assert "pass max_tokens" in str(error), error
-    else:
-        raise AssertionError("no error")
-
-
-@case
-def graphs(me):
-    """In a CUDA graph, with other tokens at every replay, some of which find no room; and what none can hold."""
-    counts = [7] * me.size
-    for options in (
-        {"way": "gather", "max_tokens": 8},
-        {"way": "alltoall", "max_tokens": 8},
-        {"way": "alltoall", "max_tokens": 8, "capacity": 6, "on_overflow": "error"},
-    ):
-        calls = []
-        for seed in range(4):
-            mine = of_rank(draw(me, counts, dtype=torch.bfloat16, seed=seed, top_k=1), counts, me.rank)
-            # In the last one all tokens go to one rank.
-            mine.topk_ids[:, 0] = (torch.arange(7, device=me.device) + seed) % 5 if seed < 3 else 0
-            calls.append(mine)
-        ep = ExpertParallel(None, 5, **options)
-        (x, w1, w2, topk_weights, topk_ids), named = of_experts(calls[0], ep.local_experts)
-        x, topk_weights, topk_ids = (tensor.clone() for tensor in (x, topk_weights, topk_ids))
-        weights = w1.clone(), w2.clone()
-
-        def run_it(tensors=(x, *weights, topk_weights, topk_ids), ep=ep, named=named):
-            return ep.fused_moe(*tensors, **named)
-
-        run_it()
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            out = run_it()
-        for seed, mine in enumerate(calls):
-            x.copy_(mine.hidden_states)
-            topk_weights.copy_(mine.topk_weights)
-            topk_ids.copy_(mine.topk_ids)
-            (_, w1, w2, *_), _ = of_experts(mine, ep.local_experts)
-            for kept, other in zip(weights, (w1, w2), strict=True):
-                kept.copy_(other)
-            graph.replay()
-            if seed == 3 and "capacity" in options:
-                assert out[6:].isnan().all() and not out[:6].isnan().any()
-            else:
-                hold(out, mine)
-        assert bool(ep.overflow.item()) == ("capacity" in options)
-    ep = ExpertParallel(None, 5)
-    run_it(ep=ep)
-    try:
-        with torch.cuda.graph(torch.cuda.CUDAGraph(), capture_error_mode="thread_local"):
-            run_it(ep=ep)
-    except ValueError as error:
-        assert "pass max_tokens" in str(error)
-    else:
-        raise AssertionError("no error")
-
-
-@case
-def traced(me):
-    _traced(me, "aot_eager")
-
-
-@case
-def compiled(me):
-    _traced(me, "inductor")
-
-
-@case
-def compiled_layer(me):
-    """Of any M."""
-    torch.manual_seed(0)
-    ep = ExpertParallel(None, 5, max_tokens=16, way="gather")
-    layer = MoELayer(48, 32, num_experts=5, top_k=2, ep_group=ep, device=me.device)
-    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend="inductor")
-    with torch.no_grad():
-        for tokens in (5, 7, 16):
-            x = torch.randn(tokens, 48, device=me.device)
-            torch.testing.assert_close(compiled(x), layer(x), rtol=1e-5, atol=1e-6)
-
-
-@case
+@CASES
 def disagreements(me):
     """Named on every rank, before a collective could hang."""
     counts = [3] * me.size
@@ -440,7 +333,7 @@ def disagreements(me):
         raise AssertionError("no error")
 
 
-@case
+@CASES
 def wrong_on_one_rank(me):
     """Without the check the others find out by the group's timeout, and no later; the message says what it can be."""
     import datetime
@@ -465,7 +358,7 @@ def wrong_on_one_rank(me):
     me.agreed("wrong_on_one_rank done", True)
 
 
-@case
+@CASES
 def dead_rank(me):
     """A rank that is gone ends the others with an error; the last case of its run."""
     args = draw(me, [3] * me.size)

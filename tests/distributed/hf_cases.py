@@ -8,15 +8,11 @@ from transformers.distributed.expert_parallel import apply_expert_parallelism
 import moe_ops.integrations.transformers
 from moe_ops.integrations import expert_parallel
 from moe_ops.integrations.transformers import NAME
+from tests.distributed.calls import Cases
 
 moe_ops.integrations.transformers.register()
 PLAN = {"gate_up_proj": "grouped_gemm", "down_proj": "grouped_gemm", "": "ep_dispatch_experts"}
-CASES = {}
-
-
-def case(function):
-    CASES[function.__name__] = function
-    return function
+CASES = Cases()
 
 
 def _model(implementation=None, mesh=None, shared=False):
@@ -43,27 +39,27 @@ def _compare(me, ids, implementation, shared):
     torch.testing.assert_close(got, _model()(ids).logits, rtol=1e-4, atol=1e-5)
 
 
-@case
+@CASES
 def sentinel_ids(me):
     """Ranks that share a batch: an expert elsewhere has an id that is no expert's."""
     _compare(me, torch.arange(7)[None], "all_reduce", shared=True)
 
 
-@case
+@CASES
 def own_batches(me):
     """Ranks with batches of their own, of different sizes: tokens sent by transformers, and by the op."""
     for name in ("all_to_all", NAME):
         _compare(me, torch.arange(5 + me.rank)[None] + 9 * me.rank, name, shared=False)
 
 
-@case
+@CASES
 def shared_batch(me):
     """Ranks that share a batch of a size that they cannot halve."""
     for ids in (torch.arange(7)[None], torch.tensor([[3]])):
         _compare(me, ids, NAME, shared=True)
 
 
-@case
+@CASES
 def unknown_experts(me):
     """Experts that the op does not have go by transformers' own, and the log says so, once."""
     import logging
