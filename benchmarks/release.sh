@@ -135,7 +135,7 @@ tiles=(--common --variant heuristic --variant tuned --recorded benchmarks/result
 step tiles-bf16 90 1 "${bench[@]}" "${tiles[@]}"
 step in-step 60 1 "$PYTHON" benchmarks/in_step.py --json RESULT "${rounds[@]}"
 step in-step-fp8 60 1 "$PYTHON" benchmarks/in_step.py --json RESULT --format fp8_block "${rounds[@]}"
-[[ ! -f benchmarks/end_to_end.py ]] || step end-to-end 120 $((1 - quick)) "$PYTHON" benchmarks/end_to_end.py --json RESULT "${model[@]}"
+[[ ! -f benchmarks/end_to_end.py ]] || step end-to-end 240 $((1 - quick)) "$PYTHON" benchmarks/end_to_end.py --resume --json RESULT "${model[@]}"
 [[ ! -f benchmarks/expert_parallel.py ]] || step expert-parallel 120 $((quick && !gpus ? 0 : 2)) "$PYTHON" benchmarks/expert_parallel.py --json RESULT "${ranks[@]}"
 step proof 240 0 "$PYTHON" benchmarks/proof.py --json RESULT "${proof[@]}"
 step demo 110 0 "$PYTHON" benchmarks/demo.py --json RESULT "${demo[@]}"

@@ -113,15 +113,16 @@ def row_group(programs: int) -> int:
 
 def _gemv(problem: Problem) -> tuple[TileConfig, TileConfig]:
     """Few rows of weights a program: some thousand elements on their way in each of many small programs."""
-    stored = 2 if problem.scheme.packed else 1
-    grouped = problem.scheme.row_dtype is not None and problem.scheme.scale_columns > 0
-    block_k = 512 if grouped and problem.hidden_size <= _SHORT_HIDDEN else 1024
+    scheme = problem.scheme
+    stored = 2 if scheme.packed else 1
+    grouped, both = scheme.scale_columns > 0, scheme.row_dtype is not None
+    block_k = 512 if both and grouped and problem.hidden_size <= _SHORT_HIDDEN else 1024
     up = _gemv_tile(
         8 // (2 if problem.activation.gated else 1), block_k, problem.hidden_size // stored, problem.w1_strides
     )
-    # The rows of a program of the down launch are those of all its slots.
+    # The rows of a program of the down launch are those of all its slots. Of bytes it takes twice as many.
     slots = min(TOKEN_ROUTES, _power_of_2(problem.top_k))
-    rows, block_k = (16, 128) if slots == TOKEN_ROUTES else (8, 256)
+    rows, block_k = (16, 128) if slots == TOKEN_ROUTES else (8, 512 if both and not grouped else 256)
     down = _gemv_tile(max(1, rows // slots), block_k, problem.intermediate_size // stored, problem.w2_strides)
     if problem.weight_dtype.itemsize < 4:
         return up, down
