@@ -6,10 +6,10 @@ The backends run unchanged on CPU tensors; a stand-in driver names the target an
 
 import io
 import re
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import triton
@@ -21,6 +21,7 @@ from moe_ops.aot.compiler import TargetDriver
 from moe_ops.devices import Device
 from moe_ops.dispatch import make_plan
 from moe_ops.problem import Arguments, make_problem
+from moe_ops.tuning.files import write_atomically
 
 KIB = 1024
 DEVICES = {
@@ -30,10 +31,10 @@ DEVICES = {
     100: Device("cuda", "B200", (10, 0), 148, 227 * KIB, triton.__version__, True),
     120: Device("cuda", "RTX 5090", (12, 0), 170, 99 * KIB, triton.__version__, True),
 }
-# The reports of Triton's assembler, by the kernels' hashes, and a cache for this process: every Triton has options of
-# its own for the assembler, which assembling here would not have, and a kernel from an older cache has no report.
-_logs: dict[str, str] = {}
-_cache = tempfile.TemporaryDirectory(prefix="moe_ops_aot_")
+# A cache for the run, whose processes share it (conftest.py names it), and in it the reports of Triton's assembler by
+# the kernels' hashes: every Triton has options of its own for the assembler, which assembling here would not have, and
+# a kernel from an older cache has no report.
+cache = Path()
 
 
 @dataclass(frozen=True)
@@ -71,8 +72,14 @@ def compiling(arch: int) -> Iterator[list]:
         def launch(*args, **kwargs):
             with redirect_stdout(io.StringIO()) as log:
                 kernel = self.warmup(*args, grid=grid, **kwargs)
-            # What comes from the cache was compiled in this process, and says nothing the second time.
-            _logs.setdefault(kernel.hash, log.getvalue())
+                if not log.getvalue() and not _report_of(kernel).exists():
+                    # Another process has just put the kernel into the cache, and not yet the report.
+                    self.device_caches.clear()
+                    with knobs.compilation.scope():
+                        knobs.compilation.always_compile = True
+                        kernel = self.warmup(*args, grid=grid, **kwargs)
+            if log.getvalue():
+                write_atomically(_report_of(kernel), log.getvalue())
             launches.append((self, kernel))
 
         return launch
@@ -84,12 +91,16 @@ def compiling(arch: int) -> Iterator[list]:
     try:
         with knobs.nvidia.scope(), knobs.cache.scope():
             knobs.nvidia.dump_ptxas_log = True
-            knobs.cache.dir = _cache.name
+            knobs.cache.dir = str(cache)
             yield launches
     finally:
         JITFunction.__getitem__ = previous_getitem
         driver._active = previous_driver
         _forget_kernels()
+
+
+def _report_of(kernel) -> Path:
+    return cache / f"{kernel.hash}.log"
 
 
 def _forget_kernels() -> None:
@@ -127,7 +138,7 @@ def compile_call(args: Arguments, arch: int) -> dict[str, Compiled]:
 def report(name: str, kernel) -> Compiled:
     """What there is to know about a kernel from its code and from the assembler."""
     ptx = kernel.asm["ptx"]
-    log = _logs[kernel.hash]
+    log = _report_of(kernel).read_text()
     spills = sum(int(n) for n in re.findall(r"(\d+) bytes spill", log))
     registers = max(int(n) for n in re.findall(r"Used (\d+) registers", log))
     return Compiled(name, ptx, kernel.metadata.shared, spills, registers, "instructions are serialized" in log)

@@ -20,33 +20,36 @@ from tests.aot.harness import DEVICES, KIB, compiling, make_call, report
 # 12 warps share 64 Ki registers, in units of 8 a thread.
 REGISTERS_AT_ENTRY = 168
 FP16 = {"dtype": torch.float16}
+# Options of the up GEMM alone have sizes and dtype of others: the down GEMM is then compiled once.
+QWEN3 = {"hidden": 2048, "intermediate": 768}
+FOUR_K_STEPS = {"hidden": 256, "intermediate": 256}
 GPT_OSS = {"hidden": 2880, "activation": "swigluoai", "gate_up_layout": "interleaved", "bias": True}
 
 VARIANTS = {
-    "plain": {"hidden": 2048, "intermediate": 768},
-    "plain_float16": {"hidden": 2048, "intermediate": 768, **FP16},
-    "four_k_steps": {"hidden": 256, "intermediate": 256},
+    "plain": QWEN3,
+    "plain_float16": {**QWEN3, **FP16},
+    "four_k_steps": FOUR_K_STEPS,
     "one_k_step": {"hidden": 64, "intermediate": 40},
     "tails": {"hidden": 1000, "intermediate": 360, "bias": True},
     "gpt_oss": {**GPT_OSS, "intermediate": 2880},
-    "interleaved": {"gate_up_layout": "interleaved"},
+    "interleaved": {**FOUR_K_STEPS, "gate_up_layout": "interleaved"},
     "n_major": {"n_major": True, "hidden": 1000, "intermediate": 360},
     "n_major_interleaved": {**GPT_OSS, "n_major": True, **FP16},
     "router_weight_on_input": {"apply_router_weight_on_input": True, "bias": True},
-    "silu_clamped": {"activation_limit": 7.0},
+    "silu_clamped": {**FOUR_K_STEPS, "activation_limit": 7.0},
     "gelu": {"activation": "gelu", "bias": True, **FP16},
-    "gelu_tanh": {"activation": "gelu_tanh"},
-    "silu_no_gate": {"activation": "silu_no_gate"},
+    "gelu_tanh": {**FOUR_K_STEPS, "activation": "gelu_tanh"},
+    "silu_no_gate": {**FOUR_K_STEPS, "activation": "silu_no_gate"},
     "gelu_no_gate": {"activation": "gelu_no_gate", "bias": True, "apply_router_weight_on_input": True},
     "relu2_no_gate": {"activation": "relu2_no_gate", "n_major": True},
 }
 STATIC = {"fp8": "tensor", "act_scales": 8}
 FP8_VARIANTS = {
-    "plain": {"hidden": 2048, "intermediate": 768, "fp8": "tensor"},
-    "per_channel": {"hidden": 2048, "intermediate": 768, "fp8": "channel", **FP16},
-    "static": {"hidden": 2048, "intermediate": 768, **STATIC, "act_scales": 1},
-    "static_per_expert": {"hidden": 2048, "intermediate": 768, **STATIC, **FP16},
-    "e5m2": {"fp8": "tensor", "weight_dtype": torch.float8_e5m2},
+    "plain": {**QWEN3, "fp8": "tensor"},
+    "per_channel": {**QWEN3, "fp8": "channel"},
+    "static": {**QWEN3, **STATIC, "act_scales": 1},
+    "static_per_expert": {**QWEN3, **STATIC},
+    "e5m2": {**STATIC, "weight_dtype": torch.float8_e5m2, **FP16},
     "one_k_step": {"hidden": 64, "intermediate": 48, **STATIC},
     "tails": {"hidden": 1008, "intermediate": 368, "bias": True, "fp8": "channel"},
     "gpt_oss": {**GPT_OSS, "intermediate": 2880, **STATIC},
@@ -55,9 +58,9 @@ FP8_VARIANTS = {
     # With a bias, too, it spills some 600 bytes in Triton 3.6, in the epilogue; not in 3.9.
     "gelu": {"activation": "gelu", "fp8": "channel", "act_scales": 1},
     "gelu_bias": {"activation": "gelu", "bias": True, "fp8": "channel"},
-    "gelu_tanh": {"activation": "gelu_tanh", "fp8": "channel", "act_scales": 1},
+    "gelu_tanh": {**QWEN3, "activation": "gelu_tanh", "fp8": "channel", "act_scales": 1},
     "gelu_no_gate": {"activation": "gelu_no_gate", "bias": True, "fp8": "channel", "act_scales": 1},
-    "relu2_no_gate": {"activation": "relu2_no_gate", **STATIC},
+    "relu2_no_gate": {**QWEN3, "activation": "relu2_no_gate", **STATIC},
 }
 NAMES = [*VARIANTS, *(f"fp8_{name}" for name in FP8_VARIANTS)]
 # An option in 16 bits or in fp8.

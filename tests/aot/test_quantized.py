@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from moe_ops.testing import override
-from tests.amount import params
+from tests.amount import in_full, params
 from tests.aot.harness import DEVICES, compile_call
 from tests.quantized import quantized_case
 
@@ -15,15 +15,27 @@ GEMMS = {"up_kernel", "down_kernel", "gemv_up_kernel", "gemv_down_kernel"}
 SIZES = {"hidden": 512, "intermediate": 256, "experts": 8, "top_k": 2}
 # Of the formats that differ in nothing but where their scales come from, one.
 DISTINCT = ["fp8_channel", "fp8_block", "int8_channel", "int8_weights", "int4_zero_points", "mxfp4"]
+# Those whose weights become numbers of 16 bits.
+WEIGHTS = ["int8_weights", "int4", "int4_zero_points", "mxfp4"]
+
+
+def made_where_they_are_multiplied(name, kernel):
+    """In pairs, in registers, which wgmma takes: no weight goes through shared memory again."""
+    products = re.findall(r"wgmma\.mma_async\S+\s+\{[^}]*\},\s*(\S)", kernel.ptx)
+    assert products and set(products) == {"{"}, kernel.name
+    # A pair takes one fma or two, and e2m1 a second one for its scale.
+    assert kernel.count("fma.rn.bf16x2") >= 2 * len(products), kernel.name
+    if name != "int8_weights":  # its sums over all of K are the accumulator
+        assert not kernel.serialized, kernel.name
 
 
 @pytest.mark.parametrize(
     ("num_tokens", "name"),
     params(
-        itertools.product([1, 16, 1024], DISTINCT),
+        [*itertools.product([1, 16, 1024], DISTINCT), (16, "int4"), (1024, "int4")],
         # Alone, and in a batch of few or of many.
-        [*((1, name) for name in DISTINCT), (16, "fp8_block"), (16, "int8_weights"), (16, "mxfp4"),
-         (1024, "fp8_channel"), (1024, "fp8_block"), (1024, "int8_channel"), (1024, "int4_zero_points")],
+        [*((1, name) for name in DISTINCT), (16, "fp8_block"), (16, "int4"), (16, "mxfp4"),
+         *((1024, name) for name in DISTINCT if name != "mxfp4")],
     ),
 )  # fmt: skip
 def test_hopper(name, num_tokens):
@@ -39,32 +51,22 @@ def test_hopper(name, num_tokens):
         else:
             assert kernels[gemm].count("wgmma.mma_async") > 0 == kernels[gemm].count("mma.sync"), gemm
             assert kernels[gemm].count("cp.async.bulk.tensor") > 0, gemm
+            if name in WEIGHTS:
+                made_where_they_are_multiplied(name, kernels[gemm])
 
 
-@pytest.mark.parametrize(
-    ("num_tokens", "name"),
-    params(
-        itertools.product([16, 1024], ["int8_weights", "int4", "int4_zero_points", "mxfp4"]),
-        [(1024, "int8_weights"), (16, "int4"), (1024, "int4_zero_points"), (16, "mxfp4")],
-    ),
-)
-def test_weights_are_made_where_they_are_multiplied(name, num_tokens):
-    """In pairs, in registers, which wgmma takes: no weight goes through shared memory again."""
+@in_full
+@pytest.mark.parametrize("num_tokens", [16, 1024])
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_many_steps(name, num_tokens):
     args = quantized_case(
         name, torch.bfloat16, num_tokens=num_tokens, hidden=1024, intermediate=1024, experts=8, top_k=2
     )
     with override(variant="sorted"):
         kernels = compile_call(args, 90)
     for gemm in ("up_kernel", "down_kernel"):
-        kernel = kernels[gemm]
-        products = re.findall(r"wgmma\.mma_async\S+\s+\{[^}]*\},\s*(\S)", kernel.ptx)
-        assert products, gemm
-        assert set(products) == {"{"}, gemm
-        # A pair takes one fma or two, and e2m1 a second one for its scale.
-        assert kernel.count("fma.rn.bf16x2") >= 2 * len(products), gemm
-        if name != "int8_weights":  # its sums over all of K are the accumulator
-            assert not kernel.serialized, gemm
-        assert kernel.spills == 0, gemm
+        assert kernels[gemm].spills == 0, gemm
+        made_where_they_are_multiplied(name, kernels[gemm])
 
 
 @pytest.mark.parametrize(
@@ -72,7 +74,7 @@ def test_weights_are_made_where_they_are_multiplied(name, num_tokens):
     params(
         itertools.product([80, 89, 100, 120], DISTINCT),
         # sm_80 has no fp8, and is soon done with it.
-        [*((80, name) for name in DISTINCT if name != "int8_weights"), (89, "fp8_channel"), (89, "fp8_block"),
+        [*((80, name) for name in DISTINCT if not name.startswith("int8")), (89, "fp8_block"),
          (100, "fp8_block"), (100, "int8_weights"),
          (100, "int4_zero_points"), (120, "fp8_channel"), (120, "int8_channel"), (120, "mxfp4")],
     ),

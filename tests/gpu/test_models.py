@@ -15,6 +15,8 @@ from tests.integrations import test_fp8 as fp8
 from tests.integrations.test_families import FALLBACKS, GENERATE, INSTALLED, QUICK
 from tests.integrations.test_nn import BLOCKS, make_block
 
+pytestmark = pytest.mark.usefixtures("registered")
+
 DEVICE = "cuda"
 HIDDEN, INTERMEDIATE, EXPERTS, TOP_K = 256, 128, 16, 4
 QUANTIZED = {
@@ -36,19 +38,6 @@ ROUTERS = {
 # Of a result's row in 16 bits; the one in the middle counts, since a router that hesitates between two experts may
 # take the other one after a different rounding.
 FACTOR, MOST = 1.25, 0.1
-
-
-@pytest.fixture(autouse=True)
-def registered():
-    integration.register()
-
-
-@pytest.fixture
-def calls(monkeypatch):
-    """The calls of the op that the integration makes."""
-    seen, original = [], integration.fused_moe
-    monkeypatch.setattr(integration, "fused_moe", lambda *a, **kw: seen.append(kw) or original(*a, **kw))
-    return seen
 
 
 def make_layer(router="qwen3", form="none", dtype=torch.bfloat16):

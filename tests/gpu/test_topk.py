@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import moe_ops
-from tests.routers import ROUTERS, check, draw
+from tests.routers import EDGES, ROUTERS, check, draw
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -16,6 +16,12 @@ def test_kernel(name, dtype):
         check(*result, logits, top_k, bias, options)
         again = moe_ops.topk_route(logits, top_k, bias, **options)
         assert torch.equal(result[1], again[1]) and torch.equal(result[0].nan_to_num(7), again[0].nan_to_num(7))
+
+
+@pytest.mark.parametrize("name", EDGES)
+def test_edges(name):
+    logits, top_k, bias, options = EDGES[name]()
+    check(*moe_ops.topk_route(logits.cuda(), top_k, bias, **options), logits, top_k, bias, options)
 
 
 def test_graph_and_compile():

@@ -13,6 +13,8 @@ from moe_ops.integrations import transformers as integration
 from scripts import families
 from tests.amount import in_full
 
+pytestmark = pytest.mark.usefixtures("registered")
+
 PAGE = (Path(__file__).parents[2] / "docs" / "models.md").read_text()
 ROWS = {
     row[0]: families.Verdict(*row)
@@ -30,19 +32,6 @@ FALLBACKS = {"inkling2", "inkling2_loop", "muse_spark"}
 # Attention, latent attention, sinks, a state space, a convolution, no gate.
 GENERATE = ("deepseek_v2", "gpt_oss", "jamba", "lfm2_moe", "mixtral", "nemotron_h", "qwen3_moe")
 INSTALLED = families.families()
-
-
-@pytest.fixture(autouse=True)
-def registered():
-    integration.register()
-
-
-@pytest.fixture
-def calls(monkeypatch):
-    """The calls of the op."""
-    seen, original = [], integration.fused_moe
-    monkeypatch.setattr(integration, "fused_moe", lambda *a, **kw: seen.append(kw) or original(*a, **kw))
-    return seen
 
 
 def known(names):

@@ -21,18 +21,9 @@ BLOCK = (128, 128)
 
 
 @pytest.fixture(autouse=True)
-def registered(monkeypatch):
-    integration.register()
+def registered(registered, monkeypatch):
     monkeypatch.setattr(integration, "_LOGGED", set())
     monkeypatch.setattr(finegrained_fp8, "fp8_linear", fp8_linear)
-
-
-@pytest.fixture
-def calls(monkeypatch):
-    """The keyword arguments of the op's calls."""
-    seen, original = [], integration.fused_moe
-    monkeypatch.setattr(integration, "fused_moe", lambda *a, **kw: seen.append(kw) or original(*a, **kw))
-    return seen
 
 
 def fp8_linear(x, weight, scale, block_size, bias=None, activation_scale=None, allow_deepgemm=True):

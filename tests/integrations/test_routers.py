@@ -15,15 +15,12 @@ from tests.amount import in_full
 from tests.integrations.test_families import INSTALLED, known
 from tests.integrations.test_transformers import make_model
 
+pytestmark = pytest.mark.usefixtures("registered")
+
 # Of every formula one; the names are of packages.
 QUICK = ("deepseek_v2", "deepseek_v3", "gpt_oss", "mixtral", "nemotron_h", "olmoe", "qwen3_moe")
 PACKAGES = {name.split(".")[2] for name in routers._KINDS}
 REST = sorted(PACKAGES - set(QUICK))
-
-
-@pytest.fixture(autouse=True)
-def registered():
-    integration.register()
 
 
 @pytest.fixture

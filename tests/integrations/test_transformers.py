@@ -63,8 +63,7 @@ CLASSES = {
 
 
 @pytest.fixture(autouse=True)
-def registered(monkeypatch):
-    integration.register()
+def registered(registered, monkeypatch):
     monkeypatch.setattr(integration, "_LOGGED", set())
 
 

@@ -1,6 +1,7 @@
 """What Triton's interpreter computes differently from a GPU, put right: numbers of 8 bits, and products in bfloat16.
 
 Its conversion to fp8 loses the carry of a mantissa that rounds up, and NaN; its bfloat16 are bit patterns to matmul.
+It also patches `triton.language` again at every call of a device function, for half of its time: here once a launch.
 """
 
 import numpy as np
@@ -19,6 +20,10 @@ _BITS = {1: (np.uint8, torch.uint8), 2: (np.uint16, torch.int16), 4: (np.uint32,
 _convert = interpreter._convert_float
 _InterpreterBuilder = interpreter.InterpreterBuilder
 _create_dot = _InterpreterBuilder.create_dot
+_patch_lang = interpreter._patch_lang
+_launch = interpreter.GridExecutor.__call__
+# Global variables of the functions for which the launch that runs has patched the language, by their identity.
+_patched: set[int] = set()
 
 
 def _to_torch(data: np.ndarray, dtype: tl.dtype) -> torch.Tensor:
@@ -50,7 +55,23 @@ def create_dot(self, a, b, d, input_precision, max_num_imprecise_acc):
     return interpreter.TensorHandle((product + d.data).astype(d.data.dtype), d.dtype.scalar)
 
 
+def patch_lang(fn):
+    """Patches nothing for a device function of a module that is done; only a launch, the first to come, restores."""
+    if id(fn.__globals__) in _patched:
+        return interpreter._LangPatchScope()
+    _patched.add(id(fn.__globals__))
+    return _patch_lang(fn)
+
+
+def launch(self, *args, **kwargs):
+    """A launch, which patches for itself."""
+    _patched.clear()
+    return _launch(self, *args, **kwargs)
+
+
 def mend() -> None:
     """Puts them in place, for this process."""
+    interpreter._patch_lang = patch_lang
+    interpreter.GridExecutor.__call__ = launch
     interpreter._convert_float = convert_float
     _InterpreterBuilder.create_dot = create_dot

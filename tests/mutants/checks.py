@@ -91,7 +91,8 @@ def option_without_a_sort(name: str) -> None:
 def more_slots_than_a_step(variant: str) -> None:
     """top_k above the number of slots that a step takes."""
     args = random_inputs(num_tokens=2, hidden=24, intermediate=16, experts=3, top_k=19, dtype=torch.float16)
-    with override(path="classic", variant=variant), poisoned_memory():
+    config = DIRECT_TILES[1] if variant == "direct" else None
+    with override(path="classic", variant=variant, config=config), poisoned_memory():
         assert_correct(run(edit_tensors(args, guarded)), args)
 
 
@@ -155,7 +156,7 @@ def sort(launches: int) -> None:
 
 def quantized(name: str, path: str, variant: str) -> None:
     """A quantised call whose K has a short last step and a short last group in both GEMMs."""
-    sizes = {"num_tokens": 2} if variant == "direct" else {}
+    sizes = {"num_tokens": 2} if variant == "direct" else {"num_tokens": 6, "experts": 3}
     args = quantized_case(name, torch.float16, **_GROUPS, **sizes)
     config = _QUANTIZED_TILE if variant == "direct" else None
     with override(path=path, variant=variant, config=config), poisoned_memory():
@@ -167,7 +168,7 @@ def scales_that_are_nan(variant: str) -> None:
 
     All products that it scales are positive: an infinity in its place would stay one.
     """
-    args = quantized_case("mxfp4", torch.float16)
+    args = quantized_case("mxfp4", torch.float16, num_tokens=2)
     expert = args.topk_ids[0, 0]
     args.hidden_states = args.hidden_states.abs()
     args.w1[expert, 3] = 0x22

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from moe_ops.arguments import Arguments
+from tests.amount import in_full
 from tests.blocks import Calls, TransformerBlock, assert_block, assert_calls, num_graphs, reset_compiler, used_arguments
 
 
@@ -20,7 +21,7 @@ def _reset():
         ("default", torch.no_grad),
         ("default", torch.enable_grad),
         ("reduce-overhead", torch.inference_mode),
-        ("max-autotune", torch.no_grad),
+        pytest.param("max-autotune", torch.no_grad, marks=in_full),
     ],
     ids=lambda value: getattr(value, "__name__", value),
 )
