@@ -64,7 +64,7 @@ class Call:
         )  # fmt: skip
 
     def halved(self, num_tokens: int) -> bool:
-        """Whether partial sums are rounded to 16 bits for the way back, where the rank that has most has so many tokens."""
+        """Whether partial sums are rounded to 16 bits for the way back, the rank with most having so many tokens."""
         formats = self.formats
         return self.ep.combined_in(formats, num_tokens) == torch.float16 != formats.partial_dtype
 
