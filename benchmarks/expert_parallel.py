@@ -18,6 +18,7 @@ Without GPUs it runs with gloo and a tiny shape, to see that it does.
 
 import argparse
 import datetime
+import gc
 import json
 import os
 import statistics
@@ -51,6 +52,8 @@ CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
 FORMATS = ("bf16", "fp8_block")
 SETS, CHECKED = 4, 48
+# Ways of which the parts are timed, too.
+PARTS = ("gather", "gather, float32 back", "alltoall")
 POOL = {}
 SIZES = [1 << n for n in (range(12, 29, 2) if CUDA else (12, 14, 16))]
 
@@ -118,7 +121,7 @@ def captured(call, sets):
 
     # A graph keeps nothing alive that it reads: not the inputs, and not the tables of an `ExpertParallel`.
     def replay(index, kept=(call, sets)):
-        graphs[index].replay()
+        graphs[index % len(graphs)].replay()
 
     return replay
 
@@ -126,7 +129,7 @@ def captured(call, sets):
 def eager(call, sets):
     """The same without a graph."""
     call(*sets[0])
-    return lambda index: call(*sets[index])
+    return lambda index: call(*sets[index % len(sets)])
 
 
 def seconds(run, calls: int) -> float:
@@ -187,7 +190,7 @@ def network(rounds: int) -> dict:
 
 
 def host_costs(rounds: int) -> dict[str, float]:
-    """Seconds of the host for an eager call of each way, and for its parts: the fastest of some rounds of such calls."""
+    """Seconds of the host for an eager call of each way, and for its parts: of each the fastest of some rounds."""
     size, tokens, calls, sizes = dist.get_world_size(), 16, 16, (64, 8, 512, 256)
     if not CUDA:
         tokens, calls, sizes = 2, 1, SHAPES["tiny"]
@@ -269,7 +272,7 @@ def cell(shape: str, form: str, num_tokens: int, mine: dict, whole: dict | None,
         runs[name] = (captured if options.get("max_tokens") else eager)(call, sets)
         if name in ("gather", "alltoall"):
             runs[f"{name}, eager"] = eager(call, sets)
-        runs |= parts(name, ep, w, named, sets)
+        runs |= parts(name, ep, w, named, sets) if name in PARTS else {}
     everything = [[inputs(r, num_tokens, SHAPES[shape], index) for r in range(size)] for index in range(SETS)]
     for label, ranks in (("one GPU, W * M", range(size)), ("one GPU, M", range(1))):
         runs[label] = None
@@ -303,9 +306,7 @@ def cell(shape: str, form: str, num_tokens: int, mine: dict, whole: dict | None,
 
 
 def parts(name: str, ep: ExpertParallel, w: dict, named: dict, sets: list) -> dict:
-    """The collectives of a way alone, and the experts alone, as runs; of ways that a graph holds."""
-    if ep.max_tokens is None:
-        return {}
+    """The collectives of a way alone, and the experts alone, as runs."""
     x, topk_weights, ids = sets[0]
     formats = ep._checked(x, w["w1"], w["w2"], topk_weights, ids, named)
     call = Call(x, w["w1"], w["w2"], topk_weights, ids, formats=formats, ep=ep, arguments=named)
@@ -329,8 +330,8 @@ def parts(name: str, ep: ExpertParallel, w: dict, named: dict, sets: list) -> di
         return out, group.all_to_all(partial, back, back, "")
 
     return {
-        f"{name}: comm": captured(comm, [(payload, partial)] * SETS),
-        f"{name}: experts": captured(lambda arrived: call.experts_on(arrived, expert_map), [(arrived,)] * SETS),
+        f"{name}: comm": captured(comm, [(payload, partial)]),
+        f"{name}: experts": captured(lambda arrived: call.experts_on(arrived, expert_map), [(arrived,)]),
     }
 
 
@@ -343,6 +344,7 @@ def main(rank: int, options: argparse.Namespace, size: int, store: str) -> None:
         dist.init_process_group("nccl", device_id=torch.device("cuda", rank), **group)
     else:
         dist.init_process_group("gloo", **group)
+    gc.freeze()  # what is there already is not looked through again at every capture
     host = {"no graphs": host_costs(options.rounds)}
     table = network(options.rounds)
     host["beside graphs"] = host_costs(options.rounds)

@@ -193,7 +193,12 @@ class ExpertParallel:
         needing = [x for x in tensors if x.requires_grad] if torch.is_grad_enabled() else []
         with torch.no_grad():
             call = Call(hidden_states, w1, w2, topk_weights, topk_ids, formats=formats, ep=self, arguments=arguments)
-            out = self._run(call)
+            if torch.compiler.is_compiling():
+                out = self._run(call)
+            else:
+                # Above that torch has Python functions for every collective, and the op has some of its own.
+                with torch._C._AutoDispatchBelowAutograd():
+                    out = self._run(call)
         return attach_no_backward(out, needing) if needing else out
 
     def _run(self, call: Call) -> Tensor:
