@@ -84,7 +84,8 @@ def _times(record: dict) -> dict[str, dict[int, float]]:
 
 def _head(record: dict) -> Iterator[str]:
     facts = [f"{record['gpus']} x {record['device']}", f"torch {record['torch']}", f"triton {record['triton']}"]
-    yield ", ".join([*facts, f"NCCL {record['nccl']}", record["date"]]) + "."
+    facts += [f"NCCL {record['nccl']}"] if record["nccl"] else []
+    yield ", ".join([*facts, record["date"]]) + "."
 
 
 def _shape(cell: dict) -> str:

@@ -59,7 +59,7 @@ class ExpertParallel:
         combine_dtype: of partial sums on their way back. torch.float32: as they are. torch.float16: half the bytes,
             rounded to 11 bits; a power of two for each row keeps it from overflowing (not where the experts compute in
             float16). torch.bfloat16: half the bytes, rounded to 8 bits, which is a rounding as large as the result's.
-            None: float32, or float16 where that is estimated to be faster; of float32 hidden states, float32.
+            None: float32, or where the experts compute in bfloat16, float16 if that is estimated to be faster.
         network: how fast the ranks reach each other, for "auto".
         check: compare the ranks' arguments before each call, and raise on all ranks where they differ or one is
             wrong; costs host syncs.

@@ -77,7 +77,8 @@ def make_formats(
     # float16 is that of the op's own result where it computes in that, and made of float32 elsewhere.
     own = combine_dtype == torch.bfloat16 or combine_dtype == compute
     back = combine_dtype if combine_dtype and own else torch.float32
-    if combine_dtype is None and compute == torch.float32:
+    if combine_dtype is None and compute != torch.bfloat16:
+        # float16 would be a rounding as large as those of the experts, or larger.
         combine_dtype = torch.float32
     # Of quantised rows the op knows its compute dtype by that of its result alone.
     known = compute == torch.bfloat16 if back == torch.float32 else compute == back
