@@ -10,6 +10,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from moe_ops.distributed import (
     CapacityError,
     ExpertParallel,
+    Network,
     Placement,
     check_agreement,
     shard_state_dict,
@@ -191,6 +192,9 @@ def halved_partial_sums(me):
                 with poisoned_memory():
                     out = check(me, args, counts, combine_dtype=torch.float16, **WAYS[way])
                 assert torch.equal(out, run(me, args, counts, combine_dtype=torch.float16, **WAYS[way])[0])
+            # By the estimate, on a network so slow that bytes are all that counts.
+            again = run(me, args, counts, network=Network(bandwidth=1.0), **WAYS[way])[0]
+            assert torch.equal(again, out)
         # A token whose sums overflow even in float32 stays alone with that.
         args.hidden_states[-1] = torch.inf
         out = run(me, args, counts, combine_dtype=torch.float16, **WAYS[way])[0]
