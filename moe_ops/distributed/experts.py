@@ -236,8 +236,10 @@ class ExpertParallel:
         """The dtype of partial sums on their way back, for so many tokens on the rank that has most; on every rank."""
         if formats.combine_dtype is not None:
             return formats.combine_dtype
-        sizes = {"hidden_size": formats.layout.hidden_size, "num_ranks": self.group.size, "network": self.network}
-        return torch.float16 if halving_pays(num_tokens, **sizes) else torch.float32
+        pays = halving_pays(
+            num_tokens, hidden_size=formats.layout.hidden_size, num_ranks=self.group.size, network=self.network
+        )
+        return torch.float16 if pays else torch.float32
 
     def sizes(self, formats: Formats, num_tokens: int) -> dict[str, Any]:
         """What `choose_way` has to know of a call."""

@@ -39,8 +39,10 @@ def run_processes(
     env = {
         **os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "NCCL_NVLS_ENABLE": "0",
         "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1", "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1",
-        "TORCHINDUCTOR_COMPILE_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", **(env or {}),
+        "GLOO_SOCKET_IFNAME": "lo", **(env or {}),
     }  # fmt: skip
+    if backend == "nccl":  # whose runs stand side by side, each with a pool of compilers as large as the machine
+        env["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
     command = [sys.executable, str(Path(__file__)), module, ",".join(names), folder, str(world_size), backend]
     logs = [open(f"{folder}/log{rank}", "w+") for rank in range(world_size)]  # noqa: SIM115
     processes = [
