@@ -8,6 +8,8 @@ well, compiled, on the hidden states of the workload: what a step takes outside 
 experts make it faster.
 
     PYTHONPATH=. python benchmarks/end_to_end.py --json FILE
+    PYTHONPATH=. python benchmarks/end_to_end.py --json FILE --resume
+                                  FILE is written workload by workload; goes on where an earlier run ended
     PYTHONPATH=. python benchmarks/end_to_end.py --report FILE [FILE ...]
                                   the tables again; what later files have takes the place of what earlier ones have
 """
@@ -55,8 +57,13 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--implementations", nargs="+", choices=IMPLEMENTATIONS, default=IMPLEMENTATIONS)
     parser.add_argument("--small", action="store_true", help="a tiny model in float32 on the CPU, to try the program")
     parser.add_argument("--json", help="a file for the results")
+    parser.add_argument(
+        "--resume", action="store_true", help="keep what FILE of --json has, if it is of the same settings"
+    )
     parser.add_argument("--report", nargs="+", help="print the tables of such files, and run nothing")
     args = parser.parse_args()
+    if args.resume and not args.json:
+        parser.error("--resume goes on with the file of --json, which is missing")
     if not args.small and not args.report and not torch.cuda.is_available():
         parser.error("there is no CUDA GPU: pass --small to try the program on the CPU")
     return args
@@ -210,10 +217,14 @@ def run(args: argparse.Namespace) -> dict:
         "triton": triton.__version__, "transformers": transformers.__version__,
         "date": datetime.date.today().isoformat(), "dtype": str(model.dtype).removeprefix("torch."),
         "layers": args.layers, "vocabulary": model.vocabulary, "context": args.context, "steps": args.steps,
-        "rounds": args.rounds, "cells": [],
+        "rounds": args.rounds, "implementations": list(args.implementations),
     }  # fmt: skip
+    record["cells"] = earlier(args.json, record) if args.resume else []
+    done = {(cell["workload"], cell["tokens"], cell["compiled"]) for cell in record["cells"]}
     for kind, workload in workloads(model, args):
         for compiled in sorted(run == "compiled" for run in args.run):
+            if (kind, workload.tokens, compiled) in done:
+                continue
             reasons = {name: unusable(name, model, workload.tokens, compiled) for name in args.implementations}
             names = [name for name, reason in reasons.items() if reason is None]
             start = time.perf_counter()
@@ -221,8 +232,18 @@ def run(args: argparse.Namespace) -> dict:
             cell = {"workload": kind, "tokens": workload.tokens, "compiled": compiled, **medians}
             cell["left_out"] = {name: reason for name, reason in reasons.items() if reason is not None}
             record["cells"].append(cell)
+            if args.json:
+                Path(args.json).write_text(json.dumps(record, indent=1) + "\n")
             print(f"{kind} {workload.tokens} {compiled=} {time.perf_counter() - start:.0f} s", file=sys.stderr)
     return record
+
+
+def earlier(file: str, facts: dict) -> list[dict]:
+    """What a file has of the same device, versions, day and settings."""
+    if not Path(file).exists():
+        return []
+    record = json.loads(Path(file).read_text())
+    return record["cells"] if {**record, "cells": None} == {**facts, "cells": None} else []
 
 
 def best(cell: dict, part: str) -> tuple[str, float]:
@@ -279,8 +300,6 @@ def main() -> None:
     """Runs the command."""
     args = parse_args()
     records = [json.loads(Path(file).read_text()) for file in args.report] if args.report else [run(args)]
-    if args.json:
-        Path(args.json).write_text(json.dumps(records[0], indent=1) + "\n")
     if set(args.implementations) == set(IMPLEMENTATIONS):
         print(*report(records), sep="\n")
 

@@ -107,7 +107,7 @@ note() {
 ((dry)) || mkdir -p "$folder" || die "$folder is no folder and cannot be made"
 bench=("$PYTHON" -m moe_ops bench --json RESULT --rounds 7)
 few=(--shape mixtral-8x7b --shape gpt-oss-20b --tokens 1,4,16,64,256,2048)
-rounds=(--rounds 7) host=() model=() ranks=() skew=(--tokens "256,4096") topk=() proof=(--seconds 200) demo=(examples/generate.py)
+rounds=(--rounds 7) host=() model=() ranks=() skew=(--tokens "256,4096") topk=() proof=(--seconds 150) demo=(examples/generate.py)
 if ((quick)); then
     tiny=(--shape 8,2,256,128 --tokens "1,64")
     bench=("$PYTHON" -m moe_ops bench --json RESULT --rounds 2 "${tiny[@]}")
@@ -135,9 +135,9 @@ tiles=(--common --variant heuristic --variant tuned --recorded benchmarks/result
 step tiles-bf16 90 1 "${bench[@]}" "${tiles[@]}"
 step in-step 60 1 "$PYTHON" benchmarks/in_step.py --json RESULT "${rounds[@]}"
 step in-step-fp8 60 1 "$PYTHON" benchmarks/in_step.py --json RESULT --format fp8_block "${rounds[@]}"
-[[ ! -f benchmarks/end_to_end.py ]] || step end-to-end 120 $((1 - quick)) "$PYTHON" benchmarks/end_to_end.py --json RESULT "${model[@]}"
+[[ ! -f benchmarks/end_to_end.py ]] || step end-to-end 240 $((1 - quick)) "$PYTHON" benchmarks/end_to_end.py --resume --json RESULT "${model[@]}"
 [[ ! -f benchmarks/expert_parallel.py ]] || step expert-parallel 120 $((quick && !gpus ? 0 : 2)) "$PYTHON" benchmarks/expert_parallel.py --json RESULT "${ranks[@]}"
-step proof 240 0 "$PYTHON" benchmarks/proof.py --json RESULT "${proof[@]}"
+step proof 190 0 "$PYTHON" benchmarks/proof.py --json RESULT "${proof[@]}"
 step demo 110 0 "$PYTHON" benchmarks/demo.py --json RESULT "${demo[@]}"
 
 for name in ${only//,/ }; do

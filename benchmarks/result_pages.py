@@ -24,7 +24,10 @@ from moe_ops.cli.recorded import beside
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = ("README.md", *(f"docs/{name}.md" for name in ("benchmarks", "distributed", "router", "tuning")))
+PAGES = (
+    "README.md",
+    *(f"docs/{name}.md" for name in ("benchmarks", "benchmarks-h100", "distributed", "router", "tuning")),
+)
 IMAGES = ROOT / "docs" / "images"
 
 _PART = re.compile(r"^<!-- (current|recorded): (\w+) ([^>]+) -->\n(.*?)^<!-- end -->$", re.MULTILINE | re.DOTALL)

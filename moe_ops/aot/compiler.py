@@ -16,6 +16,7 @@ from triton.runtime import driver
 from moe_ops.aot.counts import Count
 from moe_ops.aot.cubin import parameter_sizes
 from moe_ops.aot.recording import Launch
+from moe_ops.kernels.compat import settle_key
 
 # Neither 1 nor a multiple of 16, so that nothing is taken for granted of a number that it stands for.
 _ANY_NUMBER = 17
@@ -119,6 +120,7 @@ def compile_for(launch: Launch, arch: int):
         Triton's `CompiledKernel`.
     """
     kernel = launch.kernel
+    settle_key(kernel)
     # Triton keeps kernels by device number, and this one is none of the machine's.
     kept = dict(kernel.device_caches)
     kernel.device_caches.clear()

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from moe_ops.dispatch import Plan
+from moe_ops.kernels.compat import settle_key
 from moe_ops.problem import Arguments, Problem
 
 
@@ -52,6 +53,7 @@ class Launcher:
         if isinstance(self._kept, Recorder):
             self._kept.record(kernel, grid, args, values)
             return
+        settle_key(kernel)
         # FP fusion by name: Triton 3.10 turns it off by default.
         compiled = kernel[(grid,)](*args, enable_fp_fusion=True, **values)
         if self._kept is not None and compiled is not None:  # the interpreter compiles nothing

@@ -31,6 +31,22 @@ tma_load = _first(_tma, "async_load", "async_copy_global_to_shared")  # 3.8
 tma_store = _first(_tma, "async_store", "async_copy_shared_to_global")  # 3.8
 
 
+def settle_key(kernel) -> None:
+    """Makes the key that a kernel has in Triton's cache on disk independent of what was compiled before it.
+
+    Triton 3.6 leaves the constants of a function that has no key yet out of its caller's key, so that a process that
+    compiles in another order does not find what is there. Here functions get theirs before their callers.
+    """
+    if not isinstance(kernel, triton.runtime.jit.JITCallable) or kernel.hash is not None:
+        return  # a function of the interpreter, or it has one
+    names = kernel.fn.__code__.co_names
+    values = [kernel.__globals__.get(name) for name in names]
+    modules = [value for value in values if isinstance(value, type(triton))]
+    for value in [*values, *(getattr(module, name, None) for module in modules for name in names)]:
+        settle_key(value)
+    kernel.cache_key  # noqa: B018 - a property that keeps what it computes
+
+
 @triton.jit
 def tanh(x):
     """tanh from exp, which unlike the vendor's tanh also runs in the interpreter; exact at both ends.

@@ -17,15 +17,18 @@ _LARGE_SHARED_MEMORY = 160 * 1024
 
 # Programs a multiprocessor that make numbers of weights, each of four warps; and of mxfp4's down GEMM.
 _PROGRAMS, _PROGRAMS_LONG = 4, 1.5
-# I up to which the down GEMM's reduction is short.
-_SHORT_REDUCTION = 1024
+# I up to which the down GEMM's reduction is short, up to which it is over in a few steps, and from which it is long.
+_SHORT_REDUCTION, _FEW_STEPS, _LONG_REDUCTION = 1024, 256, 4096
 # Rows of an expert that are so few row blocks that a group of them has several experts in any case.
 _FEW_ROWS = 128
 # Rows an expert up to which a block of 64 holds most experts: they scatter around the mean by its root. Above, more and
 # more second blocks read the weights again; below, a block of 128 would multiply as much padding as rows.
 _ROWS_OF_64 = 60
-# I up to which an expert has so few columns that a second row block, which reads them again, costs more than padding.
-_SHORT_UP = 512
+# I up to which an expert has so few columns that a second row block, which reads them again, costs more than padding;
+# but bytes that few are read again for less, up to so many rows an expert.
+_SHORT_UP, _ROWS_OF_16 = 512, 16
+# H up to which a single token's up GEMM with scales of groups is better in more, shorter steps.
+_SHORT_HIDDEN = 4096
 
 
 def tile_configs(
@@ -72,6 +75,9 @@ def tile_configs(
         up, down = (replace(t, block_k=128, block_n=min(t.block_n, most // t.block_m)) for t in (up, down))
         if up.swap_ab and rows_per_expert <= 8 and problem.scheme.row_dtype is not None:
             up, down = _few_quantized_rows(rows_per_expert, problem, up, down)
+    if down.swap_ab and not problem.scheme.weights_only and problem.intermediate_size <= _FEW_STEPS:
+        # Steps as long as the reduction, or more stages than it has steps, are shared memory that others could use.
+        down = replace(down, block_k=64) if down.block_m == 16 else replace(down, num_stages=3)
     shortest = 32 * problem.scheme.planes
     return (
         fit(up, device, itemsize, gated=problem.activation.gated, shortest=shortest),
@@ -107,13 +113,16 @@ def row_group(programs: int) -> int:
 
 def _gemv(problem: Problem) -> tuple[TileConfig, TileConfig]:
     """Few rows of weights a program: some thousand elements on their way in each of many small programs."""
-    stored = 2 if problem.scheme.packed else 1
+    scheme = problem.scheme
+    stored = 2 if scheme.packed else 1
+    grouped, both = scheme.scale_columns > 0, scheme.row_dtype is not None
+    block_k = 512 if both and grouped and problem.hidden_size <= _SHORT_HIDDEN else 1024
     up = _gemv_tile(
-        8 // (2 if problem.activation.gated else 1), 1024, problem.hidden_size // stored, problem.w1_strides
+        8 // (2 if problem.activation.gated else 1), block_k, problem.hidden_size // stored, problem.w1_strides
     )
-    # The rows of a program of the down launch are those of all its slots.
+    # The rows of a program of the down launch are those of all its slots. Of bytes it takes twice as many.
     slots = min(TOKEN_ROUTES, _power_of_2(problem.top_k))
-    rows, block_k = (16, 128) if slots == TOKEN_ROUTES else (8, 256)
+    rows, block_k = (16, 128) if slots == TOKEN_ROUTES else (8, 512 if both and not grouped else 256)
     down = _gemv_tile(max(1, rows // slots), block_k, problem.intermediate_size // stored, problem.w2_strides)
     if problem.weight_dtype.itemsize < 4:
         return up, down
@@ -133,7 +142,7 @@ def _power_of_2(n: int) -> int:
 
 def _tma(rows: float, problem: Problem) -> tuple[TileConfig, TileConfig]:
     """Swapped operands up to 60 rows: there the weights' bytes are all that counts, in many and deep loads."""
-    if rows <= 8:
+    if rows <= (_ROWS_OF_16 if rows_itemsize(problem) == 1 and problem.intermediate_size <= _SHORT_UP else 8):
         down = TileConfig(16, 64, 128, 4, 4, 4, True)
         if problem.intermediate_size <= _SHORT_REDUCTION:
             # A few steps cannot fill a pipeline: twice the columns instead.
@@ -157,7 +166,7 @@ def _few_quantized_rows(
     if rows < 2:
         up = replace(up, block_n=64, num_stages=3)
     if problem.intermediate_size > _SHORT_REDUCTION:
-        down = replace(down, block_n=128)
+        down = replace(down, block_n=128, num_stages=6 if problem.intermediate_size >= _LONG_REDUCTION else 4)
     return up, down
 
 

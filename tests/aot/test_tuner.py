@@ -1,6 +1,7 @@
 """Ahead of time, without a GPU: the tuner compiles the very kernels that calls launch."""
 
 import importlib
+import pkgutil
 from dataclasses import replace
 
 import pytest
@@ -8,12 +9,16 @@ import torch
 
 pytest.importorskip("triton.experimental.gluon")
 
+from triton.runtime.jit import JITFunction
+
+import moe_ops.kernels
 from moe_ops.aot.compiler import compile_for
 from moe_ops.cli.calls import make_call, make_weights
 from moe_ops.cli.tuner.calls import PARTS, Call, tiles_to_json
 from moe_ops.cli.tuner.candidates import first_wave
 from moe_ops.cli.tuner.compiler import Compiler, recorded
 from moe_ops.dispatch import make_plan
+from moe_ops.kernels.compat import settle_key
 from moe_ops.problem import make_problem
 from moe_ops.testing import override
 from tests.amount import params
@@ -65,3 +70,25 @@ def test_a_worker_that_compiles():
     wrong = replace(own, up=replace(own.up, block_m=16))
     with pytest.raises(ValueError, match="both must be the same"):
         compiler.answer({**request, "candidates": [tiles_to_json(wrong)]}, events.append)
+
+
+def test_keys_do_not_depend_on_what_was_compiled_before(monkeypatch):
+    """Processes that compile in another order than calls do fill Triton's cache with what calls look for."""
+    modules = [
+        importlib.import_module(f"moe_ops.kernels.{m.name}") for m in pkgutil.iter_modules(moe_ops.kernels.__path__)
+    ]
+    functions = [f for module in modules for f in vars(module).values() if isinstance(f, JITFunction)]
+    kernels = {f"{f.__module__}.{f.__name__}": f for f in functions if f.__name__.endswith("_kernel")}
+
+    def keys(names: list[str]) -> dict[str, str]:
+        for function in functions:
+            monkeypatch.setattr(function, "hash", None)
+            monkeypatch.setattr(function, "used_global_vals", {})
+        for name in names:
+            settle_key(kernels[name])
+        return {name: kernels[name].cache_key for name in names}
+
+    assert len(kernels) > 10
+    expected = keys(sorted(kernels))
+    for first in kernels:
+        assert keys([first])[first] == expected[first]

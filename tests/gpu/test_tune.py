@@ -113,6 +113,6 @@ def test_what_was_compiled_ahead_is_not_compiled_again():
     args = random_inputs(num_tokens=48, dtype=torch.bfloat16, device="cuda", **SIZES)
     hits = []
     with knobs.compilation.scope():
-        knobs.compilation.listener = lambda *_, cache_hit, **__: hits.append(cache_hit)
+        knobs.compilation.listener = lambda *_, src, cache_hit, **__: hits.append((src.name, cache_hit))
         worker.forced(args, asked.path, other)()
-    assert len(hits) >= 2 and all(hits)
+    assert len(hits) >= 2 and all(hit for _, hit in hits), (hits, knobs.cache.dir)

@@ -65,7 +65,10 @@ def clean_python(built, tmp_path_factory) -> Path:
     run(sys.executable, "-m", "venv", "--without-pip", folder)
     python = folder / "bin" / "python"
     wheel = built / f"{NAME}-py3-none-any.whl"
-    run(sys.executable, "-m", "pip", "--python", python, "install", "--no-index", "--no-deps", "--no-compile", wheel)
+    # With a checkout on PYTHONPATH pip would take the package for installed.
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    pip = (sys.executable, "-m", "pip", "--python", python)
+    run(*pip, "install", "--no-index", "--no-deps", "--no-compile", wheel, env=environment)
     packages = next(folder.glob("lib/python*/site-packages"))
     # A folder that a .pth names is searched, but its own .pth files, such as an editable install's, are not read.
     borrowed = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}
