@@ -11,12 +11,14 @@ the slowest rank's. Printed for each shape and M:
 * rule: the largest of error over bound, by the rule of correctness of one device (below 1: right), over the first
   tokens of every rank; bits: whether a second call gave the same.
 
-First the collectives are timed for themselves, which gives the bandwidth and the latency that the cost model predicts
-with. NVLink multicast stays off. Without GPUs it runs with gloo and a tiny shape, to see that it does.
+First come the host's times of eager calls, without and beside CUDA graphs that have collectives, and the collectives
+for themselves, which gives the bandwidth and the latency that the cost model predicts with. NVLink multicast stays off.
+Without GPUs it runs with gloo and a tiny shape, to see that it does.
 """
 
 import argparse
 import datetime
+import gc
 import json
 import os
 import statistics
@@ -32,14 +34,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 import torch.distributed as dist
+from rank_tables import host_table, network_table, ranks_table
 from record import head as facts_of
 from record import write
 
 import moe_ops
 from moe_ops.arguments import Arguments
-from moe_ops.distributed import ExpertParallel, Network
+from moe_ops.distributed import ExpertParallel
 from moe_ops.distributed.calls import Call
-from moe_ops.distributed.ops import ep_place
+from moe_ops.distributed.ops import ep_combine, ep_halve, ep_place
 from moe_ops.reference import fused_moe_reference
 from moe_ops.testing import emulate, errors
 
@@ -49,6 +52,8 @@ CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
 FORMATS = ("bf16", "fp8_block")
 SETS, CHECKED = 4, 48
+# Ways of which the parts are timed, too.
+PARTS = ("gather", "gather, float32 back", "alltoall")
 POOL = {}
 SIZES = [1 << n for n in (range(12, 29, 2) if CUDA else (12, 14, 16))]
 
@@ -116,7 +121,7 @@ def captured(call, sets):
 
     # A graph keeps nothing alive that it reads: not the inputs, and not the tables of an `ExpertParallel`.
     def replay(index, kept=(call, sets)):
-        graphs[index].replay()
+        graphs[index % len(graphs)].replay()
 
     return replay
 
@@ -124,7 +129,7 @@ def captured(call, sets):
 def eager(call, sets):
     """The same without a graph."""
     call(*sets[0])
-    return lambda index: call(*sets[index])
+    return lambda index: call(*sets[index % len(sets)])
 
 
 def seconds(run, calls: int) -> float:
@@ -163,8 +168,8 @@ def time_all(runs: dict, rounds: int) -> dict[str, float]:
     return {name: statistics.median(values) for name, values in taken.items()}
 
 
-def network(rounds: int) -> tuple[dict, Network]:
-    """Times of collectives by their bytes, and what the cost model makes of them."""
+def network(rounds: int) -> dict:
+    """Times of collectives by their bytes."""
     size, group = dist.get_world_size(), dist.group.WORLD.group_name
     ops = torch.ops._c10d_functional
     table = {"all_to_all": {}, "all_gather": {}, "reduce_scatter": {}}
@@ -181,21 +186,49 @@ def network(rounds: int) -> tuple[dict, Network]:
         }
         for name, taken in time_all(runs, rounds).items():
             table[name][nbytes] = taken
-    return table, fitted(table, size)
+    return table
 
 
-def fitted(table: dict, size: int) -> Network:
-    """The cost model's network: latency by the smallest size, bandwidth by the last but one, both means over the three.
-
-    The largest size would give a bandwidth that no layer's rows reach.
-    """
-
-    def mean(nbytes: int) -> float:
-        return statistics.mean(times[nbytes] for times in table.values())
-
-    least, most = mean(SIZES[0]), mean(SIZES[-2])
-    # Between processes of a busy CPU more bytes may take less time.
-    return Network(bandwidth=SIZES[-2] * (size - 1) / max(most - least, most / 10), latency=least)
+def host_costs(rounds: int) -> dict[str, float]:
+    """Seconds of the host for an eager call of each way, and for its parts: of each the fastest of some rounds."""
+    size, tokens, calls, sizes = dist.get_world_size(), 16, 16, (64, 8, 512, 256)
+    if not CUDA:
+        tokens, calls, sizes = 2, 1, SHAPES["tiny"]
+    x, topk_weights, ids = inputs(dist.get_rank(), tokens, sizes, 0)
+    w = weights(list(ExpertParallel(None, sizes[0]).local_experts), sizes, "bf16")
+    of_way = {name: ExpertParallel(None, sizes[0], **options) for name, options in ways_of(tokens).items()}
+    ep = of_way["alltoall"]
+    call = Call(x, w["w1"], w["w2"], topk_weights, ids, formats=ep._checked(x, w["w1"], w["w2"], topk_weights, ids, {}),
+                ep=ep, arguments={})  # fmt: skip
+    group, even = ep.group, [tokens] * size
+    placed = ep_place(ids, ep.rank_of, ep.local_of, size, tokens)
+    payload = call.pack(placed, size * tokens, tokens)
+    partial = call.experts_on(payload)
+    runs = {
+        name: (lambda way=way: way.fused_moe(x, w["w1"], w["w2"], topk_weights, ids)) for name, way in of_way.items()
+    }
+    runs |= {
+        "checks": lambda: ep._checked(x, w["w1"], w["w2"], topk_weights, ids, {}),
+        "place": lambda: ep_place(ids, ep.rank_of, ep.local_of, size, tokens),
+        "pack": lambda: call.pack(placed, size * tokens, tokens),
+        "experts": lambda: call.experts_on(payload),
+        "combine": lambda: ep_combine(partial, placed[2], sizes[2], torch.bfloat16),
+        "all-to-all, equal splits": lambda: group.all_to_all(payload, even, even, ""),
+        "all-gather": lambda: group.all_gather(payload, ""),
+        "reduce-scatter": lambda: group.reduce_scatter(partial, ""),
+    }
+    best = dict.fromkeys(runs, float("inf"))
+    for turn in range(rounds + 1):
+        for name, run in runs.items():
+            dist.barrier()
+            if CUDA:
+                torch.cuda.synchronize()
+            begun = time.perf_counter()
+            for _ in range(calls):
+                run()
+            taken = (time.perf_counter() - begun) / calls
+            best[name] = min(best[name], taken) if turn else best[name]
+    return best
 
 
 def rule(out: torch.Tensor, args: Arguments, found: dict) -> float:
@@ -208,6 +241,16 @@ def rule(out: torch.Tensor, args: Arguments, found: dict) -> float:
     return max(got.rms / (1.15 * sampling * allowed.rms), got.max / (2 * sampling * allowed.max))
 
 
+def ways_of(num_tokens: int) -> dict[str, dict]:
+    """The options of every way that is timed."""
+    exact, rounded = {"combine_dtype": torch.float32}, {"combine_dtype": torch.bfloat16}
+    made = {}
+    for way in ("gather", "alltoall"):
+        options = {"way": way, "max_tokens": num_tokens}
+        made |= {way: options, f"{way}, float32 back": options | exact, f"{way}, bfloat16 back": options | rounded}
+    return made | {"alltoall, uneven": {"way": "alltoall"}}
+
+
 def cell(shape: str, form: str, num_tokens: int, mine: dict, whole: dict | None, rounds: int) -> dict:
     """All ways of one shape and M."""
     rank, size = dist.get_rank(), dist.get_world_size()
@@ -215,13 +258,7 @@ def cell(shape: str, form: str, num_tokens: int, mine: dict, whole: dict | None,
     sets = [inputs(rank, num_tokens, SHAPES[shape], index) for index in range(SETS)]
     w = {name: mine[name] for name in ("w1", "w2")}
     named = {name: value for name, value in mine.items() if name not in w}
-    ways = {
-        "gather": {"way": "gather", "max_tokens": num_tokens},
-        "gather 16-bit back": {"way": "gather", "max_tokens": num_tokens, "combine_dtype": torch.bfloat16},
-        "alltoall": {"way": "alltoall", "max_tokens": num_tokens},
-        "alltoall 16-bit back": {"way": "alltoall", "max_tokens": num_tokens, "combine_dtype": torch.bfloat16},
-        "alltoall uneven": {"way": "alltoall"},
-    }
+    ways = ways_of(num_tokens)
     runs, outputs, repeats, plans = {}, {}, {}, {}
     for name, options in ways.items():
         ep = ExpertParallel(None, experts, **options)
@@ -233,9 +270,9 @@ def cell(shape: str, form: str, num_tokens: int, mine: dict, whole: dict | None,
         repeats[name] = torch.equal(call(*sets[0]), outputs[name])
         plans[name] = ep.explain(sets[0][0], w["w1"], w["w2"], *sets[0][1:], **named)
         runs[name] = (captured if options.get("max_tokens") else eager)(call, sets)
-        if name == "alltoall":
-            runs["alltoall eager"] = eager(call, sets)
-        runs |= parts(name, ep, w, named, sets)
+        if name in ("gather", "alltoall"):
+            runs[f"{name}, eager"] = eager(call, sets)
+        runs |= parts(name, ep, w, named, sets) if name in PARTS else {}
     everything = [[inputs(r, num_tokens, SHAPES[shape], index) for r in range(size)] for index in range(SETS)]
     for label, ranks in (("one GPU, W * M", range(size)), ("one GPU, M", range(1))):
         runs[label] = None
@@ -269,81 +306,33 @@ def cell(shape: str, form: str, num_tokens: int, mine: dict, whole: dict | None,
 
 
 def parts(name: str, ep: ExpertParallel, w: dict, named: dict, sets: list) -> dict:
-    """The collectives of a way alone, and the experts alone, as runs; of ways that a graph holds."""
-    if ep.max_tokens is None:
-        return {}
+    """The collectives of a way alone, and the experts alone, as runs."""
     x, topk_weights, ids = sets[0]
     formats = ep._checked(x, w["w1"], w["w2"], topk_weights, ids, named)
     call = Call(x, w["w1"], w["w2"], topk_weights, ids, formats=formats, ep=ep, arguments=named)
     group, size, most = ep.group, ep.group.size, ep.max_tokens
-    even, rows = [most] * size, size * most
+    even, rows, halved = [most] * size, size * most, call.halved(most)
+    back = [0 if r == group.rank else most for r in range(size)] if halved and ep.way == "gather" else even
     if ep.way == "gather":
         payload = call.pack(None, most, 0)
         arrived, expert_map = group.all_gather(payload, ""), ep.expert_map
     else:
-        placed = ep_place(ids, ep.rank_of, ep.local_of, size, most)
-        payload = call.pack(placed, rows, most)
+        payload = call.pack(ep_place(ids, ep.rank_of, ep.local_of, size, most), rows, most)
         arrived, expert_map = group.all_to_all(payload, even, even, ""), None
     partial = call.experts_on(arrived, expert_map)
+    if halved:
+        partial = ep_halve(partial, *((group.rank * most, most) if ep.way == "gather" else (0, 0)))
 
     def comm(payload, partial):
-        if ep.way == "gather":
-            return group.all_gather(payload, ""), group.reduce_scatter(partial, "")
-        return group.all_to_all(payload, even, even, ""), group.all_to_all(partial, even, even, "")
+        out = group.all_gather(payload, "") if ep.way == "gather" else group.all_to_all(payload, even, even, "")
+        if ep.way == "gather" and not halved:
+            return out, group.reduce_scatter(partial, "")
+        return out, group.all_to_all(partial, back, back, "")
 
     return {
-        f"{name}: comm": captured(comm, [(payload, partial)] * SETS),
-        f"{name}: experts": captured(lambda arrived: call.experts_on(arrived, expert_map), [(arrived,)] * SETS),
+        f"{name}: comm": captured(comm, [(payload, partial)]),
+        f"{name}: experts": captured(lambda arrived: call.experts_on(arrived, expert_map), [(arrived,)]),
     }
-
-
-def head(results: dict) -> Network:
-    """Prints what ran where, and the collectives; the network of the cost model."""
-    size, table = results["gpus"], results["collectives"]
-    table = {name: {int(nbytes): taken for nbytes, taken in times.items()} for name, times in table.items()}
-    net = fitted(table, size)
-    print(
-        f"{size} x {results['device']}, torch {results['torch']}, triton {results['triton']}, NCCL {results['nccl']}, "
-        f"{results['date']}"
-    )
-    print(f"| bytes to each rank | {' us | '.join(table)} us | GB/s a rank sends |\n|" + " --- |" * (len(table) + 2))
-    for nbytes in SIZES:
-        times = [times[nbytes] for times in table.values()]
-        rates = " / ".join(f"{nbytes * (size - 1) / one / 1e9:.0f}" for one in times)
-        print(f"| {nbytes} | " + " | ".join(f"{one * 1e6:.1f}" for one in times) + f" | {rates} |")
-    print(f"model: {net.bandwidth / 1e9:.0f} GB/s, {net.latency * 1e6:.1f} us a collective", flush=True)
-    return net
-
-
-def report(record: dict, size: int, net: Network) -> None:
-    """Prints a cell."""
-    taken, num_tokens = record["seconds"], record["M"]
-    alone, small = taken["one GPU, W * M"], taken["one GPU, M"]
-    print(
-        f"\n{record['shape']}, {record['format']}, M = {num_tokens} on each of {size}: one GPU takes {alone * 1e6:.1f} "
-        f"us for {size * num_tokens} tokens, {small * 1e6:.1f} us for {num_tokens}"
-    )
-    columns = ("way", "whole us", "comm us", "predicted us", "share", "experts us", "rest us", "speed-up, W * M",
-               "speed-up, M", "rule", "bits")  # fmt: skip
-    print(f"| {' | '.join(columns)} |\n|" + " --- |" * len(columns))
-    for name, facts in record["ways"].items():
-        nbytes = facts["out_bytes"] + facts["back_bytes"]
-        whole, predicted = taken[name], f"{(2 * net.latency + net.seconds(nbytes, size)) * 1e6:.1f}"
-        shares = ("-", predicted, "-", "-", "-")
-        if f"{name}: comm" in taken:
-            comm, experts = taken[f"{name}: comm"], taken[f"{name}: experts"]
-            rest = whole - comm - experts
-            shares = (
-                f"{comm * 1e6:.1f}",
-                predicted,
-                f"{comm / whole:.0%}",
-                f"{experts * 1e6:.1f}",
-                f"{rest * 1e6:.1f}",
-            )
-        row = (name, f"{whole * 1e6:.1f}", *shares, f"{alone / whole:.2f}", f"{small * size / whole:.2f}",
-               f"{facts['rule']:.2f}", "equal" if facts["bits"] else "DIFFER")  # fmt: skip
-        print(f"| {' | '.join(row)} |")
-    print(f"(alltoall without a graph: {taken['alltoall eager'] * 1e6:.1f} us)", flush=True)
 
 
 @torch.no_grad()
@@ -355,11 +344,14 @@ def main(rank: int, options: argparse.Namespace, size: int, store: str) -> None:
         dist.init_process_group("nccl", device_id=torch.device("cuda", rank), **group)
     else:
         dist.init_process_group("gloo", **group)
-    table, net = network(options.rounds)
+    gc.freeze()  # what is there already is not looked through again at every capture
+    host = {"no graphs": host_costs(options.rounds)}
+    table = network(options.rounds)
+    host["beside graphs"] = host_costs(options.rounds)
     nccl = ".".join(map(str, torch.cuda.nccl.version())) if CUDA else None
-    results = facts_of(gpus=size, nccl=nccl, collectives=table, cells=[])
+    results = facts_of(gpus=size, nccl=nccl, host=host, collectives=table, cells=[])
     if rank == 0:
-        head(results)
+        print(*network_table(results), *host_table(results), sep="\n", flush=True)
     for shape in options.shapes:
         for form in options.formats:
             experts = ExpertParallel(None, SHAPES[shape][0]).local_experts
@@ -369,7 +361,7 @@ def main(rank: int, options: argparse.Namespace, size: int, store: str) -> None:
                 start = time.monotonic()
                 record = cell(shape, form, num_tokens, mine, whole, options.rounds)
                 if rank == 0:
-                    report(record, size, net)
+                    print(*ranks_table({**results, "cells": [record]}), sep="\n")
                     print(f"({time.monotonic() - start:.1f} s)", flush=True)
                     results["cells"].append(record)
                     write(options.json, results)
@@ -383,10 +375,7 @@ if __name__ == "__main__":
     options = parse_args()
     if options.report:
         recorded = json.loads(options.report.read_text())
-        SIZES = [int(nbytes) for nbytes in recorded["collectives"]["all_to_all"]]
-        net = head(recorded)
-        for record in recorded["cells"]:
-            report(record, recorded["gpus"], net)
+        print(*network_table(recorded), *host_table(recorded), *ranks_table(recorded), sep="\n")
     elif "RANK" in os.environ:  # torchrun
         main(int(os.environ["LOCAL_RANK"]), options, int(os.environ["WORLD_SIZE"]), "env://")
     else:

@@ -15,6 +15,7 @@ import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+import rank_tables
 import result_tables as tables
 from result_picture import caption, draw
 
@@ -23,7 +24,10 @@ from moe_ops.cli.recorded import beside
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = ("README.md", *(f"docs/{name}.md" for name in ("benchmarks", "benchmarks-h100", "router", "tuning")))
+PAGES = (
+    "README.md",
+    *(f"docs/{name}.md" for name in ("benchmarks", "benchmarks-h100", "distributed", "router", "tuning")),
+)
 IMAGES = ROOT / "docs" / "images"
 
 _PART = re.compile(r"^<!-- (current|recorded): (\w+) ([^>]+) -->\n(.*?)^<!-- end -->$", re.MULTILINE | re.DOTALL)
@@ -41,6 +45,9 @@ KINDS: dict[str, Callable[..., Iterable[str]]] = {
     "rows": tables.rows_table,
     "cpu": tables.cpu_table,
     "proof": tables.proof_lines,
+    "network": rank_tables.network_table,
+    "ranks": rank_tables.ranks_table,
+    "host": rank_tables.host_table,
     "plots": lambda ours, peers: [f"![{shape}](images/bench-{shape}-uniform.png)" for shape in _shapes(ours)],
     "picture": caption,
 }

@@ -5,7 +5,7 @@ quantised, and for each of its top_k slots the expert's number on that rank (-1:
 weight. So there is one collective on the way out, whatever travels.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -18,6 +18,9 @@ _PART, _ROW = 16, 128
 
 NOWHERE, NO_ROOM = -1, -2
 
+# Of float32, and the exponent of a row's largest number on its way back: 2^15 and twice that are float16's.
+_MANTISSA, _BIAS, _TOP = 23, 127, 14
+
 
 @dataclass(frozen=True)
 class RowLayout:
@@ -28,37 +31,33 @@ class RowLayout:
         top_k: slots of a token.
         dtype: of the values.
         scales: float32 scales of a row: 0, 1, or one for each 128 columns.
+        scale_offset: where the scales start.
+        expert_offset: where the experts start, int32.
+        weight_offset: where the routing weights start, float32.
+        lost_offset: where the sender says how many rows found no room, int32.
+        row_bytes: from one row to the next.
     """
 
     hidden_size: int
     top_k: int
     dtype: torch.dtype
     scales: int = 0
+    scale_offset: int = field(init=False, repr=False, compare=False)
+    expert_offset: int = field(init=False, repr=False, compare=False)
+    weight_offset: int = field(init=False, repr=False, compare=False)
+    lost_offset: int = field(init=False, repr=False, compare=False)
+    row_bytes: int = field(init=False, repr=False, compare=False)
 
-    @property
-    def scale_offset(self) -> int:
-        """Where the scales start."""
-        return _up(self.hidden_size * self.dtype.itemsize, _PART)
-
-    @property
-    def expert_offset(self) -> int:
-        """Where the experts start, int32."""
-        return _up(self.scale_offset + 4 * self.scales, _PART)
-
-    @property
-    def weight_offset(self) -> int:
-        """Where the routing weights start, float32."""
-        return self.expert_offset + 4 * self.top_k
-
-    @property
-    def lost_offset(self) -> int:
-        """Where the sender says how many rows found no room, int32."""
-        return self.weight_offset + 4 * self.top_k
-
-    @property
-    def row_bytes(self) -> int:
-        """From one row to the next."""
-        return _up(self.lost_offset + 4, _ROW)
+    def __post_init__(self) -> None:
+        scale = _up(self.hidden_size * self.dtype.itemsize, _PART)
+        expert = _up(scale + 4 * self.scales, _PART)
+        weight = expert + 4 * self.top_k
+        lost = weight + 4 * self.top_k
+        object.__setattr__(self, "scale_offset", scale)
+        object.__setattr__(self, "expert_offset", expert)
+        object.__setattr__(self, "weight_offset", weight)
+        object.__setattr__(self, "lost_offset", lost)
+        object.__setattr__(self, "row_bytes", _up(lost + 4, _ROW))
 
 
 def _up(size: int, unit: int) -> int:
@@ -203,18 +202,80 @@ def pack_rows(
     return payload
 
 
-def combine_rows(back: Tensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
-    """out[m] = sum of the rows of token m, in float32 and in the order of its slots; NaN where one found no room.
+def half_bytes(hidden_size: int) -> int:
+    """Bytes of a partial sum that travels in 16 bits: float16 values, then a float32 to multiply them by."""
+    return _up(2 * hidden_size, _PART) + _PART
+
+
+def read_halves(payload: Tensor, hidden_size: int) -> tuple[Tensor, Tensor]:
+    """Views of rows of bytes [N, half_bytes(H)]: float16 [N, H] and float32 [N]."""
+    scale = _up(2 * hidden_size, _PART) // 4
+    return payload.view(torch.float16)[:, :hidden_size], payload.view(torch.float32)[:, scale]
+
+
+def halve_rows(partial: Tensor, first: int, count: int) -> Tensor:
+    """Partial sums in 16 bits: a row times the power of two that brings its largest number to 2^14 .. 2^15, in float16.
+
+    So nothing overflows, and a number keeps 11 bits unless it is less than 2^-28 of its row's largest. Infinities and
+    NaN stay what they are, and do not count as the largest.
 
     Args:
-        back: [N, H], what came back for each row that was sent.
-        rows: int32 [M, top_k], as from `place_rows`.
+        partial: float32 [N, H].
+        first: of the rows that are left out.
+        count: how many are.
+
+    Returns:
+        uint8 [N - count, half_bytes(H)], as `read_halves` has it.
+    """
+    kept = torch.cat([partial[:first], partial[first + count :]])
+    payload = kept.new_empty((kept.shape[0], half_bytes(kept.shape[1])), dtype=torch.uint8)
+    values, scale = read_halves(payload, kept.shape[1])
+    size = kept.abs()
+    size = torch.where(size < torch.inf, size, 0)
+    # An exponent as it is stored, so that the power and its inverse have one, too.
+    exponent = size.amax(1).view(torch.int32) >> _MANTISSA
+    shift = (_TOP + _BIAS - exponent).clamp(max=_BIAS - 1)
+    values[:] = (kept * ((shift + _BIAS) << _MANTISSA).view(torch.float32)[:, None]).half()
+    scale[:] = ((_BIAS - shift) << _MANTISSA).view(torch.float32)
+    return payload
+
+
+def sum_ranks(own: Tensor, back: Tensor, rank: int, dtype: torch.dtype) -> Tensor:
+    """out[m] = sum of the partial sums of token m, in float32 and in the order of the ranks.
+
+    Args:
+        own: float32 [M, H], this rank's.
+        back: uint8 [(W - 1) * M, half_bytes(H)], those of the others, one rank's behind the other's.
+        rank: this one's.
         dtype: of the result.
 
     Returns:
         [M, H] in `dtype`.
     """
-    total = back.new_zeros((rows.shape[0], back.shape[1]), dtype=torch.float32)
+    values, scale = read_halves(back, own.shape[1])
+    others = list((values.float() * scale[:, None]).split(own.shape[0]))
+    total = torch.zeros_like(own)
+    for partial in [*others[:rank], own, *others[rank:]]:
+        total += partial
+    return total.to(dtype)
+
+
+def combine_rows(back: Tensor, rows: Tensor, hidden_size: int, dtype: torch.dtype) -> Tensor:
+    """out[m] = sum of the rows of token m, in float32 and in the order of its slots; NaN where one found no room.
+
+    Args:
+        back: [N, H], what came back for each row that was sent; or uint8, as from `halve_rows`.
+        rows: int32 [M, top_k], as from `place_rows`.
+        hidden_size: H.
+        dtype: of the result.
+
+    Returns:
+        [M, H] in `dtype`.
+    """
+    if back.dtype == torch.uint8:
+        values, scale = read_halves(back, hidden_size)
+        back = values.float() * scale[:, None]
+    total = back.new_zeros((rows.shape[0], hidden_size), dtype=torch.float32)
     for slot in range(rows.shape[1]):
         row = rows[:, slot].long()
         token = (row >= 0).nonzero().flatten()

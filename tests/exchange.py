@@ -69,3 +69,30 @@ def check_packed(payload, arguments):
     # A quotient by a reciprocal may round the other way where it is a tie.
     assert ((ours == theirs) | (ours.isnan() & theirs.isnan())).float().mean() > (0.99 if scales else 0.9999)
     torch.testing.assert_close(ours, theirs, rtol=0.13, atol=1 if dtype == torch.int8 else 0)
+
+
+def extremes(hidden):
+    """Partial sums of every size, with what has no size among them."""
+    rows = torch.randn(9, hidden, generator=torch.Generator().manual_seed(hidden))
+    rows *= torch.tensor([1.0, 1e-30, 1e30, 3e4, 1e-3, 0.0, 1.0, 1.0, 1e-44])[:, None]
+    rows[2, 0] = torch.finfo(torch.float32).max
+    rows[3] = 2.0 ** torch.arange(hidden).remainder(40).float()
+    rows[6, ::3] = torch.inf
+    rows[7, 1::3], rows[7, 2] = torch.nan, -torch.inf
+    return rows
+
+
+def check_halved(payload, expected, partial, first, count):
+    """Holds rows against the definition, bit for bit, and against the 32-bit ones: 11 bits, or 2^-39 of the largest."""
+    hidden = partial.shape[1]
+    kept = torch.cat([partial[:first], partial[first + count :]])
+    assert payload.shape == expected.shape and payload.shape[0] == kept.shape[0]
+    for got, right in zip(exchange.read_halves(payload, hidden), exchange.read_halves(expected, hidden), strict=True):
+        torch.testing.assert_close(got, right, rtol=0, atol=0, equal_nan=True)
+    values, scale = exchange.read_halves(payload, hidden)
+    back, kept = values.double() * scale.double()[:, None], kept.double()
+    finite = kept.isfinite()
+    assert torch.equal(back[kept.isinf()], kept[kept.isinf()]) and back[kept.isnan()].isnan().all()
+    largest = torch.where(finite, kept.abs(), 0).amax(1, keepdim=True)
+    allowed = torch.maximum(kept.abs() * 2.0**-11, (largest * 2.0**-38).clamp(min=2.0**-151))
+    assert ((back - kept).abs() <= allowed)[finite].all()

@@ -8,7 +8,7 @@ from torch import Tensor
 from moe_ops.backends.launch import cdiv, facts_of, launcher_of, next_power_of_2, on_device
 from moe_ops.backends.quantize import LARGEST
 from moe_ops.backends.routing import sort_routes
-from moe_ops.exchange import RowLayout
+from moe_ops.exchange import RowLayout, half_bytes, read_halves
 from moe_ops.kernels import exchange as kernels
 from moe_ops.quantization.scheme import GROUP
 
@@ -102,18 +102,48 @@ def _pack_tile(hidden: int, scales: int, given: bool) -> dict[str, int]:
     return {"WIDTH": width, "UNITS": units, "num_warps": min(16, max(4, width * units // 512))}
 
 
-def combine_rows(back: Tensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
+def halve_rows(partial: Tensor, first: int, count: int) -> Tensor:
+    """As `moe_ops.exchange.halve_rows`, in one launch."""
+    num_rows, hidden = partial.shape[0] - count, partial.shape[1]
+    payload = partial.new_empty((num_rows, half_bytes(hidden)), dtype=torch.uint8)
+    if num_rows == 0:
+        return payload
+    values, scale = read_halves(payload, hidden)
+    block_h = next_power_of_2(hidden)
+    launch = launcher_of("halve", hidden, facts_of(partial))
+    with on_device(partial):
+        launch(
+            "halve", kernels.halve_kernel, num_rows,
+            (partial, values, scale, first, count, hidden, partial.stride(0), values.stride(0), scale.stride(0)),
+            lambda: {"BLOCK_H": block_h, "num_warps": min(16, max(4, block_h // 512))},
+        )  # fmt: skip
+    return payload
+
+
+def sum_ranks(own: Tensor, back: Tensor, rank: int, dtype: torch.dtype) -> Tensor:
+    """As `moe_ops.exchange.sum_ranks`, in one launch."""
+    return _sum(back, None, own, back.shape[0] // max(1, own.shape[0]) + 1, rank, own.shape[1], dtype)
+
+
+def combine_rows(back: Tensor, rows: Tensor, hidden_size: int, dtype: torch.dtype) -> Tensor:
     """As `moe_ops.exchange.combine_rows`, in one launch."""
-    (num_tokens, top_k), hidden = rows.shape, back.shape[1]
+    return _sum(back, rows, None, rows.shape[1], 0, hidden_size, dtype)
+
+
+def _sum(back: Tensor, rows: Tensor | None, own: Tensor | None, slots: int, rank: int, hidden: int,
+         dtype: torch.dtype) -> Tensor:  # fmt: skip
+    num_tokens = (rows if own is None else own).shape[0]
     out = back.new_empty((num_tokens, hidden), dtype=dtype)
     if num_tokens == 0:
         return out
+    values, scale = read_halves(back, hidden) if back.dtype == torch.uint8 else (back, None)
     block_h = min(_COLUMNS, next_power_of_2(hidden))
-    launch = launcher_of("combine", _facts_of(back), _facts_of(rows), dtype)
+    launch = launcher_of("sum", facts_of(back), facts_of(rows), facts_of(own), slots, hidden, dtype)
     with on_device(back):
         launch(
-            "combine", kernels.sum_kernel, num_tokens * cdiv(hidden, block_h),
-            (back, rows, out, top_k, hidden, back.stride(0), out.stride(0)),
-            lambda: {"BLOCK_H": block_h, "UNROLL": min(_UNROLL, next_power_of_2(top_k))},
+            "sum", kernels.sum_kernel, num_tokens * cdiv(hidden, block_h),
+            (values, scale, rows, own, out, slots, num_tokens, rank, hidden, values.stride(0),
+             0 if scale is None else scale.stride(0), 0 if own is None else own.stride(0), out.stride(0)),
+            lambda: {"BLOCK_H": block_h, "UNROLL": min(_UNROLL, next_power_of_2(slots))},
         )  # fmt: skip
     return out

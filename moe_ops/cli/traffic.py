@@ -36,7 +36,8 @@ def add_parser(commands) -> None:
     parser.add_argument("--gpus", type=token_counts, default=_GPUS, help="numbers of GPUs, comma-separated")
     parser.add_argument("--tokens", type=token_counts, default=_TOKENS, help="tokens of each GPU, comma-separated")
     parser.add_argument("--payload", choices=("16", "fp8"), default="16", help="hidden states (default: 16 bits)")
-    parser.add_argument("--combine", choices=("32", "16"), default="32", help="partial sums (default: 32 bits)")
+    parser.add_argument("--combine", choices=("auto", "32", "16"), default="auto",
+                        help="bits of partial sums (default: 16 where that is faster)")  # fmt: skip
     for name, text in (
         ("bandwidth", "GB/s that a GPU sends within its node"),
         ("latency", "us of a collective"),
@@ -53,6 +54,7 @@ def run(options: argparse.Namespace) -> int:
     """Runs the command."""
     # Needs torch.distributed, which not every build of torch has.
     from moe_ops.distributed import WAYS, choose_way
+    from moe_ops.distributed.cost import halving_pays
 
     shapes = chosen_shapes(options)
     if not shapes:
@@ -63,10 +65,13 @@ def run(options: argparse.Namespace) -> int:
         layout = _layout(hidden, top_k, options.payload)
         for gpus in options.gpus:
             for tokens in options.tokens:
+                sizes = {"hidden_size": hidden, "num_ranks": gpus, "network": network}
+                bits = options.combine
+                if bits == "auto":
+                    bits = "16" if halving_pays(tokens, **sizes) else "32"
                 best, other = choose_way(
-                    tokens, hidden_size=hidden, top_k=top_k, num_ranks=gpus, row_bytes=layout.row_bytes,
-                    back_bytes=int(options.combine) // 8, host_sync=True, network=network,
-                )  # fmt: skip
+                    tokens, top_k=top_k, row_bytes=layout.row_bytes, back_bytes=int(bits) // 8, host_sync=True, **sizes
+                )
                 for traffic in sorted((best, other), key=lambda traffic: WAYS.index(traffic.way)):
                     faster = traffic is best
                     records.append({"shape": name, "gpus": gpus, "tokens": tokens, "faster": faster} | asdict(traffic))

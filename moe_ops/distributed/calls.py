@@ -63,12 +63,17 @@ class Call:
             bound, capacity, layout.dtype, layout.scales,
         )  # fmt: skip
 
+    def halved(self, num_tokens: int) -> bool:
+        """Whether partial sums are rounded to 16 bits for the way back, the rank with most having so many tokens."""
+        formats = self.formats
+        return self.ep.combined_in(formats, num_tokens) == torch.float16 != formats.partial_dtype
+
     def experts_on(self, payload: Tensor, expert_map: Tensor | None = None) -> Tensor:
         """Partial sums of the rows that arrived, in the dtype they travel back in."""
         rows = read_rows(payload, self.formats.layout)
         scale = rows.scale if self.formats.quantized else self.a1_scale
         return self.experts_of(
-            rows.hidden_states, scale, rows.topk_weights, rows.topk_ids, expert_map, self.formats.combine_dtype
+            rows.hidden_states, scale, rows.topk_weights, rows.topk_ids, expert_map, self.formats.partial_dtype
         )
 
     def experts_of(

@@ -8,6 +8,8 @@ from moe_ops.checks import require_name
 WAYS = ("gather", "alltoall")
 # Collectives of each way: one out and one back, and with uneven splits one that announces them.
 _COLLECTIVES = 2
+# Bytes of own memory that go by for an element that travels in 16 bits: read in 32 and written, read again for the sum.
+_ROUNDED = 8
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,8 @@ class Network:
         handling: seconds that an all-to-all takes beside its collectives and more than a gather does: rows to find
             and to sum.
         host_sync: seconds that reading sizes back to the host costs, the launches after it included.
+        rounding: seconds that partial sums in 16 bits take more than those in 32, beside the bytes: launches.
+        memory: bytes per second of a rank's own memory, which rounding partial sums reads and writes.
         node_size: ranks of a node; None: all are of one.
         node_bandwidth: bytes per second that a rank sends to other nodes.
     """
@@ -31,14 +35,16 @@ class Network:
     latency: float = 15e-6
     handling: float = 20e-6
     host_sync: float = 300e-6
+    rounding: float = 5e-6
+    memory: float = 2.5e12
     node_size: int | None = None
     node_bandwidth: float = 50e9
 
     def __post_init__(self) -> None:
-        for name in ("bandwidth", "node_bandwidth"):
+        for name in ("bandwidth", "node_bandwidth", "memory"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected bytes per second, above 0")
-        for name in ("latency", "handling", "host_sync"):
+        for name in ("latency", "handling", "host_sync", "rounding"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected seconds, at least 0")
         if self.node_size is not None and self.node_size < 1:
@@ -143,6 +149,29 @@ def estimate(
     seconds += network.handling if way == "alltoall" else 0.0
     seconds += network.seconds(out, num_ranks) + network.seconds(back, num_ranks)
     return Traffic(way, rows, out, back, seconds)
+
+
+def halving_pays(num_tokens: int, *, hidden_size: int, num_ranks: int, network: Network = Network()) -> bool:
+    """Whether partial sums come back sooner in 16 bits than in 32: fewer bytes travel, and they are rounded before.
+
+        2 * elements / bandwidth  >  rounding + 8 * elements / memory,   elements = (W - 1) * M * H
+
+    Args:
+        num_tokens: M, the largest of the ranks.
+        hidden_size: H.
+        num_ranks: W.
+        network: how fast the ranks reach each other.
+
+    Returns:
+        Whether they do.
+
+    Example:
+        >>> from moe_ops.distributed.cost import halving_pays
+        >>> [halving_pays(tokens, hidden_size=2048, num_ranks=2) for tokens in (64, 4096)]
+        [False, True]
+    """
+    elements = (num_ranks - 1) * num_tokens * hidden_size
+    return network.seconds(2 * elements, num_ranks) > network.rounding + _ROUNDED * elements / network.memory
 
 
 def choose_way(

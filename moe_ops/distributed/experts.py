@@ -12,7 +12,7 @@ from moe_ops.arguments import Arguments
 from moe_ops.checks import require, require_name
 from moe_ops.distributed.agreement import check_agreement
 from moe_ops.distributed.calls import Call, attach_no_backward
-from moe_ops.distributed.cost import WAYS, Network, choose_way
+from moe_ops.distributed.cost import WAYS, Network, choose_way, halving_pays
 from moe_ops.distributed.explain import explain
 from moe_ops.distributed.formats import PAYLOADS, Formats, make_formats
 from moe_ops.distributed.groups import Group, resolve_group
@@ -36,9 +36,9 @@ class ExpertParallel:
 
     as `moe_ops.fused_moe` with the weights of all experts would give it. Every rank calls it, at the same time and
     with the same options; M may differ, and be 0. A rank sums its experts' routes of a token in float32; these partial
-    sums, rounded to `combine_dtype`, are summed in float32 and rounded to the result. With float32, the default,
-    nothing is rounded that one device would not round. docs/distributed.md has the two ways, what they send, and what
-    CUDA graphs and torch.compile take.
+    sums, rounded to `combine_dtype`, are summed in float32 and rounded to the result. With torch.float32 nothing is
+    rounded that one device would not round. docs/distributed.md has the two ways, what they send, the roundings, and
+    what CUDA graphs and torch.compile take.
 
     Args:
         group: the ranks: a ProcessGroup, a DeviceMesh of one dimension (`mesh["ep"]` of a larger one), or None for all
@@ -56,8 +56,10 @@ class ExpertParallel:
             back; results of tokens without room are NaN, and `raise_on_overflow` raises on every rank.
         payload: how hidden states travel: "quantized" (8 bits and scales; formats "w8a8"), "plain" (as they are), or
             "auto": quantised where the op would quantise them anyway, which rounds nothing more.
-        combine_dtype: of partial sums on their way back; None: float32. Their own dtype halves the bytes, and rounds
-            every rank's partial sum once more.
+        combine_dtype: of partial sums on their way back. torch.float32: as they are. torch.float16: half the bytes,
+            rounded to 11 bits; a power of two for each row keeps it from overflowing (not where the experts compute in
+            float16). torch.bfloat16: half the bytes, rounded to 8 bits, which is a rounding as large as the result's.
+            None: float32, or where the experts compute in bfloat16, float16 if that is estimated to be faster.
         network: how fast the ranks reach each other, for "auto".
         check: compare the ranks' arguments before each call, and raise on all ranks where they differ or one is
             wrong; costs host syncs.
@@ -191,7 +193,12 @@ class ExpertParallel:
         needing = [x for x in tensors if x.requires_grad] if torch.is_grad_enabled() else []
         with torch.no_grad():
             call = Call(hidden_states, w1, w2, topk_weights, topk_ids, formats=formats, ep=self, arguments=arguments)
-            out = self._run(call)
+            if torch.compiler.is_compiling():
+                out = self._run(call)
+            else:
+                # Above that torch has Python functions for every collective, and the op has some of its own.
+                with torch._C._AutoDispatchBelowAutograd():
+                    out = self._run(call)
         return attach_no_backward(out, needing) if needing else out
 
     def _run(self, call: Call) -> Tensor:
@@ -219,17 +226,26 @@ class ExpertParallel:
         """(way, reason) for so many tokens on the rank that has most; the same on every rank."""
         if self.way != "auto":
             return self.way, "asked for"
-        best, other = choose_way(num_tokens, **self.sizes(formats))
+        best, other = choose_way(num_tokens, **self.sizes(formats, num_tokens))
         return best.way, (
             f"{best.way} takes about {best.seconds * 1e6:.0f} us for {num_tokens} tokens a rank, {other.way} "
             f"{other.seconds * 1e6:.0f}"
         )
 
-    def sizes(self, formats: Formats) -> dict[str, Any]:
+    def combined_in(self, formats: Formats, num_tokens: int) -> torch.dtype:
+        """The dtype of partial sums on their way back, for so many tokens on the rank that has most; on every rank."""
+        if formats.combine_dtype is not None:
+            return formats.combine_dtype
+        pays = halving_pays(
+            num_tokens, hidden_size=formats.layout.hidden_size, num_ranks=self.group.size, network=self.network
+        )
+        return torch.float16 if pays else torch.float32
+
+    def sizes(self, formats: Formats, num_tokens: int) -> dict[str, Any]:
         """What `choose_way` has to know of a call."""
         return {
             "hidden_size": formats.layout.hidden_size, "top_k": formats.layout.top_k, "num_ranks": self.group.size,
-            "row_bytes": formats.layout.row_bytes, "back_bytes": formats.combine_dtype.itemsize,
+            "row_bytes": formats.layout.row_bytes, "back_bytes": self.combined_in(formats, num_tokens).itemsize,
             "capacity": self.capacity, "network": self.network,
         }  # fmt: skip
 

@@ -30,7 +30,7 @@ def explain(ep: "ExpertParallel", formats: Formats, args: Arguments) -> Distribu
         num_rows = size * capacity
     elif way == "alltoall":
         num_rows = round(num_rows * expected_share(formats.layout.top_k, size))
-    sizes = ep.sizes(formats) | {"capacity": capacity, "host_sync": ep.room is None and size > 1}
+    sizes = ep.sizes(formats, most) | {"capacity": capacity, "host_sync": ep.room is None and size > 1}
     traffic = estimate("gather" if way == "local" else way, most, **sizes)
     return DistributedPlan(
         way=way,
@@ -40,7 +40,7 @@ def explain(ep: "ExpertParallel", formats: Formats, args: Arguments) -> Distribu
         host_syncs=syncs,
         capturable=syncs == 0 and not ep.check,
         payload_dtype=args.hidden_states.dtype if way == "local" else formats.layout.dtype,
-        combine_dtype=formats.out_dtype if way == "local" else formats.combine_dtype,
+        combine_dtype=formats.out_dtype if way == "local" else ep.combined_in(formats, most),
         traffic=traffic,
         op=_op_plan(ep, way, num_rows, formats, args),
     )
@@ -53,5 +53,5 @@ def _op_plan(ep: "ExpertParallel", way: str, num_rows: int, formats: Formats, ar
     problem = replace(problem, num_tokens=num_rows)
     if way != "local":
         scheme = replace(problem.scheme, inputs_given=formats.quantized) if formats.quantized else problem.scheme
-        problem = replace(problem, out_dtype=formats.combine_dtype, scheme=scheme)
+        problem = replace(problem, out_dtype=formats.partial_dtype, scheme=scheme)
     return make_plan(problem, describe(args.hidden_states.device))

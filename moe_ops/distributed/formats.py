@@ -20,14 +20,17 @@ class Formats:
 
     Attributes:
         layout: of a row on the way out.
-        combine_dtype: of a partial sum on the way back.
+        partial_dtype: of a partial sum as the op writes it.
+        combine_dtype: of a partial sum on the way back; float16 rows of a float32 one have a scale each. None: float32,
+            or float16 where that is faster.
         out_dtype: of the result.
         quantized: the rows arrive quantised, with scales.
         given: they are quantised before the call.
     """
 
     layout: RowLayout
-    combine_dtype: torch.dtype
+    partial_dtype: torch.dtype
+    combine_dtype: torch.dtype | None
     out_dtype: torch.dtype
     quantized: bool
     given: bool
@@ -53,7 +56,7 @@ def make_formats(
         hidden_states: [M, H].
         top_k: slots of a token.
         payload: "auto", "plain" or "quantized".
-        combine_dtype: of the partial sums, or None: float32.
+        combine_dtype: of the partial sums, or None.
         out_dtype: as `moe_ops.fused_moe`.
         quantization: as `moe_ops.fused_moe`.
         block_shape: as `moe_ops.fused_moe`.
@@ -71,7 +74,12 @@ def make_formats(
     compute = x_dtype
     if given:
         compute = out_dtype if out_dtype in _HALVES else torch.bfloat16
-    back = combine_dtype or torch.float32
+    # float16 is that of the op's own result where it computes in that, and made of float32 elsewhere.
+    own = combine_dtype == torch.bfloat16 or combine_dtype == compute
+    back = combine_dtype if combine_dtype and own else torch.float32
+    if combine_dtype is None and compute != torch.bfloat16:
+        # float16 would be a rounding as large as those of the experts, or larger.
+        combine_dtype = torch.float32
     # Of quantised rows the op knows its compute dtype by that of its result alone.
     known = compute == torch.bfloat16 if back == torch.float32 else compute == back
     can = row_dtype is not None and known and not (static_scale and not given)
@@ -91,7 +99,7 @@ def make_formats(
     hidden = hidden_states.shape[1]
     scales = scales_of(hidden, block_shape is not None) if quantized else 0
     layout = RowLayout(hidden, top_k, row_dtype if row_dtype and quantized and not given else x_dtype, scales)
-    return Formats(layout, back, out_dtype or compute, quantized, given)
+    return Formats(layout, back, combine_dtype, out_dtype or compute, quantized, given)
 
 
 def _obstacle(

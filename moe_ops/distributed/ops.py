@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from moe_ops import exchange
-from moe_ops.exchange import RowLayout
+from moe_ops.exchange import RowLayout, half_bytes
 from moe_ops.schema import NAMESPACE
 
 _PLACE = (
@@ -20,7 +20,9 @@ _PACK = (
     "ep_pack(Tensor hidden_states, Tensor? scale, Tensor topk_weights, Tensor experts, Tensor? ranks, Tensor? rows, "
     "Tensor? counts, SymInt num_rows, int num_experts, SymInt capacity, ScalarType dtype, int scales) -> Tensor"
 )
-_COMBINE = "ep_combine(Tensor back, Tensor rows, ScalarType dtype) -> Tensor"
+_HALVE = "ep_halve(Tensor partial, SymInt first, SymInt count) -> Tensor"
+_SUM = "ep_sum(Tensor own, Tensor back, int rank, ScalarType dtype) -> Tensor"
+_COMBINE = "ep_combine(Tensor back, Tensor rows, SymInt hidden_size, ScalarType dtype) -> Tensor"
 
 # Kept alive here: the ops vanish with the object.
 _library = torch.library.Library(NAMESPACE, "FRAGMENT")
@@ -40,8 +42,16 @@ def _pack_fake(hidden_states: Tensor, scale: Tensor | None, topk_weights: Tensor
     return hidden_states.new_empty((num_rows, layout.row_bytes), dtype=torch.uint8)
 
 
-def _combine_fake(back: Tensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
-    return back.new_empty((rows.shape[0], back.shape[1]), dtype=dtype)
+def _halve_fake(partial: Tensor, first: int, count: int) -> Tensor:
+    return partial.new_empty((partial.shape[0] - count, half_bytes(partial.shape[1])), dtype=torch.uint8)
+
+
+def _sum_fake(own: Tensor, back: Tensor, rank: int, dtype: torch.dtype) -> Tensor:
+    return own.new_empty(own.shape, dtype=dtype)
+
+
+def _combine_fake(back: Tensor, rows: Tensor, hidden_size: int, dtype: torch.dtype) -> Tensor:
+    return back.new_empty((rows.shape[0], hidden_size), dtype=dtype)
 
 
 def _on_cuda(name: str) -> Callable[..., object]:
@@ -56,6 +66,8 @@ def _on_cuda(name: str) -> Callable[..., object]:
 for _schema, _function, _fake in (
     (_PLACE, "place_rows", _place_fake),
     (_PACK, "pack_rows", _pack_fake),
+    (_HALVE, "halve_rows", _halve_fake),
+    (_SUM, "sum_ranks", _sum_fake),
     (_COMBINE, "combine_rows", _combine_fake),
 ):
     _name = _schema.split("(")[0]
@@ -66,4 +78,6 @@ for _schema, _function, _fake in (
 
 ep_place = torch.ops.moe_ops.ep_place.default
 ep_pack = torch.ops.moe_ops.ep_pack.default
+ep_halve = torch.ops.moe_ops.ep_halve.default
+ep_sum = torch.ops.moe_ops.ep_sum.default
 ep_combine = torch.ops.moe_ops.ep_combine.default

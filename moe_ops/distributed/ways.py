@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from moe_ops.distributed.calls import Call
-from moe_ops.distributed.ops import ep_combine, ep_place
+from moe_ops.distributed.ops import ep_combine, ep_halve, ep_place, ep_sum
 from moe_ops.exchange import read_rows
 
 _ANNOUNCE = "the all-to-all of the sizes"
@@ -27,7 +27,9 @@ class Room(NamedTuple):
 
 
 def gather(call: Call, max_tokens: int) -> Tensor:
-    """All-gather of every rank's tokens, this rank's experts on all of them, reduce-scatter of the partial sums.
+    """All-gather of every rank's tokens, this rank's experts on all of them, and the sums of the partial sums.
+
+    These are a reduce-scatter's, or in 16 bits, of which a collective cannot make sums, an all-to-all's.
 
     Args:
         call: the call.
@@ -39,8 +41,14 @@ def gather(call: Call, max_tokens: int) -> Tensor:
     group = call.ep.group
     arrived = group.all_gather(call.pack(None, max_tokens, 0), "the all-gather of the tokens")
     partial = call.experts_on(arrived, call.ep.expert_map)
-    out = group.reduce_scatter(partial, "the reduce-scatter of the partial sums")
-    return out[: call.num_tokens].to(call.formats.out_dtype)
+    if not call.halved(max_tokens):
+        out = group.reduce_scatter(partial, "the reduce-scatter of the partial sums")
+        return out[: call.num_tokens].to(call.formats.out_dtype)
+    first, each = group.rank * max_tokens, [max_tokens] * group.size
+    each[group.rank] = 0
+    back = group.all_to_all(ep_halve(partial, first, max_tokens), each, each, _BACK)
+    own = partial[first : first + max_tokens]
+    return ep_sum(own, back, group.rank, call.formats.out_dtype)[: call.num_tokens]
 
 
 def send_evenly(call: Call, room: Room) -> tuple[Tensor, Tensor | None]:
@@ -61,8 +69,8 @@ def send_evenly(call: Call, room: Room) -> tuple[Tensor, Tensor | None]:
     lost = None
     if capacity < room.max_tokens:
         lost = read_rows(arrived, call.formats.layout).lost[::capacity].sum()
-    back = group.all_to_all(call.experts_on(arrived), even, even, _BACK)
-    return ep_combine(back, placed[2], call.formats.out_dtype), lost
+    back = group.all_to_all(_sums(call, arrived, room.max_tokens), even, even, _BACK)
+    return _combine(call, back, placed[2]), lost
 
 
 def send_unevenly(call: Call, way: str | None = None) -> Tensor:
@@ -96,8 +104,18 @@ def send_unevenly(call: Call, way: str | None = None) -> Tensor:
         payload = call.pack(placed, bound, 0)
     sent, received = [row[0] for row in table], [row[2] for row in table]
     arrived = group.all_to_all(payload[: sum(sent)], received, sent, _OUT)
-    back = group.all_to_all(call.experts_on(arrived), sent, received, _BACK)
-    return ep_combine(back, placed[2], call.formats.out_dtype)
+    back = group.all_to_all(_sums(call, arrived, most), sent, received, _BACK)
+    return _combine(call, back, placed[2])
+
+
+def _sums(call: Call, arrived: Tensor, num_tokens: int) -> Tensor:
+    """The partial sums of the rows that arrived, as they travel back."""
+    partial = call.experts_on(arrived)
+    return ep_halve(partial, 0, 0) if call.halved(num_tokens) else partial
+
+
+def _combine(call: Call, back: Tensor, rows: Tensor) -> Tensor:
+    return ep_combine(back, rows, call.formats.layout.hidden_size, call.formats.out_dtype)
 
 
 def largest(call: Call) -> int:

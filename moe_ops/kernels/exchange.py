@@ -131,10 +131,32 @@ def pack_kernel(
             tl.store(words + lost_word, lost)
 
 
-@triton.jit(do_not_specialize=["top_k"])
-def sum_kernel(back_ptr, rows_ptr, out_ptr, top_k, H, stride_bn, stride_om, BLOCK_H: tl.constexpr,
-               UNROLL: tl.constexpr):  # fmt: skip
-    """out[m] = sum_k back[rows[m, k]] in fp32, in the order of k; a row -1 adds nothing, a row -2 makes it NaN."""
+@triton.jit(do_not_specialize=["first", "count"])
+def halve_kernel(partial_ptr, out_ptr, scale_ptr, first, count, H, stride_pn, stride_on, stride_sn,
+                 BLOCK_H: tl.constexpr):  # fmt: skip
+    """Rows of fp32, all but `count` of them, times a power of two in fp16, and what undoes it: a program writes one."""
+    row = tl.program_id(0).to(tl.int64)
+    source = row + tl.where(row >= first, count, 0)
+    columns = tl.arange(0, BLOCK_H)
+    x = tl.load(partial_ptr + source * stride_pn + columns, mask=columns < H, other=0.0)
+    size = tl.abs(x)
+    largest = tl.max(tl.where(size < float("inf"), size, 0.0), 0)
+    shift = tl.minimum(141 - (largest.to(tl.int32, bitcast=True) >> 23), 126)
+    power = ((shift + 127) << 23).to(tl.float32, bitcast=True)
+    tl.store(out_ptr + row * stride_on + columns, (x * power).to(tl.float16), mask=columns < H)
+    tl.store(scale_ptr + row * stride_sn, ((127 - shift) << 23).to(tl.float32, bitcast=True))
+
+
+@triton.jit(do_not_specialize=["top_k", "num_tokens", "rank"])
+def sum_kernel(
+    back_ptr, scale_ptr, rows_ptr, own_ptr, out_ptr, top_k, num_tokens, rank, H, stride_bn, stride_sn, stride_wm,
+    stride_om, BLOCK_H: tl.constexpr, UNROLL: tl.constexpr,
+):  # fmt: skip
+    """out[m] = sum_k back[rows[m, k]] in fp32, in the order of k; a row -1 adds nothing, a row -2 makes it NaN.
+
+    Without rows k are ranks: of each but `rank` num_tokens rows came back, and its own are own[m]. With scales a row
+    is multiplied by its own.
+    """
     num_h = tl.cdiv(H, BLOCK_H)
     token = (tl.program_id(0) // num_h).to(tl.int64)
     columns = (tl.program_id(0) % num_h) * BLOCK_H + tl.arange(0, BLOCK_H)
@@ -142,8 +164,17 @@ def sum_kernel(back_ptr, rows_ptr, out_ptr, top_k, H, stride_bn, stride_om, BLOC
     for first in range(0, top_k, UNROLL):
         for step in tl.static_range(UNROLL):
             k = first + step
-            row = tl.load(rows_ptr + token * top_k + k, mask=k < top_k, other=-1).to(tl.int64)
+            if rows_ptr is not None:
+                row = tl.load(rows_ptr + token * top_k + k, mask=k < top_k, other=-1).to(tl.int64)
+            else:
+                place = (k - tl.where(k > rank, 1, 0)).to(tl.int64) * num_tokens + token
+                row = tl.where((k < top_k) & (k != rank), place, -1)
             # Masks compare columns with a bound: the interpreter cannot AND a vector with a scalar condition.
             value = tl.load(back_ptr + row * stride_bn + columns, mask=columns < tl.where(row >= 0, H, 0), other=0.0)
+            if scale_ptr is not None:
+                value = value.to(tl.float32) * tl.load(scale_ptr + row * stride_sn, mask=row >= 0, other=0.0)
+            if own_ptr is not None:
+                value += tl.load(own_ptr + token * stride_wm + columns, mask=columns < tl.where(k == rank, H, 0),
+                                 other=0.0)  # fmt: skip
             total += tl.where(row == _NO_ROOM, float("nan"), value.to(tl.float32))
     tl.store(out_ptr + token * stride_om + columns, total.to(out_ptr.dtype.element_ty), mask=columns < H)

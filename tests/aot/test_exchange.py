@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from moe_ops.backends.exchange import combine_rows, pack_rows, place_rows
-from moe_ops.exchange import RowLayout
+from moe_ops.backends.exchange import combine_rows, halve_rows, pack_rows, place_rows, sum_ranks
+from moe_ops.exchange import RowLayout, half_bytes
 from tests.amount import in_full
 from tests.aot.harness import DEVICES, compiling, report
 
@@ -44,7 +44,17 @@ def test_place_and_combine_compile(arch):
     table = torch.zeros(256, dtype=torch.int32)
     kernels = compiled_for(arch, lambda: place_rows(ids, table, table, RANKS, 512))
     back, rows = torch.empty(RANKS * 512, HIDDEN), torch.empty(1024, TOP_K, dtype=torch.int32)
-    kernels |= compiled_for(arch, lambda: combine_rows(back, rows, torch.bfloat16))
+    kernels |= compiled_for(arch, lambda: combine_rows(back, rows, HIDDEN, torch.bfloat16))
     assert {"first_slots_kernel", "spread_kernel", "sum_kernel", "scatter_kernel"} <= set(kernels)
     assert all(kernel.spills == 0 for kernel in kernels.values())
     assert "v4.b32" in kernels["sum_kernel"].ptx
+
+
+@pytest.mark.parametrize("arch", [pytest.param(arch, marks=() if arch == 90 else in_full) for arch in DEVICES])
+def test_halves_compile(arch):
+    partial = torch.empty(512, HIDDEN)
+    back = torch.empty(512 * (RANKS - 1), half_bytes(HIDDEN), dtype=torch.uint8)
+    kernels = compiled_for(arch, lambda: halve_rows(partial, 128, 128))
+    kernels |= compiled_for(arch, lambda: sum_ranks(partial, back, 1, torch.bfloat16))
+    assert {"halve_kernel", "sum_kernel"} == set(kernels)
+    assert all(kernel.spills == 0 and "v4.b32" in kernel.ptx for kernel in kernels.values())

@@ -20,47 +20,67 @@ ROOT = Path(__file__).resolve().parents[2]
 GROUP_TIMEOUT, RUN_TIMEOUT = {"gloo": 20, "nccl": 90}, 500
 
 
-def run_cases(module: str, names: list[str], world_size: int, backend: str = "gloo") -> dict[str, list[str]]:
-    """What went wrong in each case: (empty: nothing) one text for each rank.
+def run_processes(
+    module: str, names: list[str], world_size: int, backend: str, env: dict[str, str] | None = None, folder: str = ""
+) -> list[tuple[int | None, str, float]]:
+    """Runs cases, one process a rank: (exit status, or None of one that was ended; what it printed; when it ended).
 
     Args:
         module: with a dict CASES of functions of a `Rank`.
         names: of the cases.
         world_size: processes.
         backend: of the group.
+        env: of the processes, besides what they always have.
+        folder: where they meet, and what they thought of each case is left.
     """
+    if not folder:
+        with tempfile.TemporaryDirectory() as made:
+            return run_processes(module, names, world_size, backend, env, made)
+    env = {
+        **os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "NCCL_NVLS_ENABLE": "0",
+        "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1", "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1",
+        "GLOO_SOCKET_IFNAME": "lo", **(env or {}),
+    }  # fmt: skip
+    if backend == "nccl":  # whose runs stand side by side, each with a pool of compilers as large as the machine
+        env["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
+    command = [sys.executable, str(Path(__file__)), module, ",".join(names), folder, str(world_size), backend]
+    logs = [open(f"{folder}/log{rank}", "w+") for rank in range(world_size)]  # noqa: SIM115
+    processes = [
+        subprocess.Popen([*command, str(rank)], cwd=ROOT, env=env, stdout=log, stderr=subprocess.STDOUT)
+        for rank, log in enumerate(logs)
+    ]
+    end, ended = time.monotonic() + RUN_TIMEOUT, {}
+    try:
+        while len(ended) < world_size and time.monotonic() < end:
+            time.sleep(0.05)
+            for rank, process in enumerate(processes):
+                if rank not in ended and process.poll() is not None:
+                    ended[rank] = process.returncode, time.time()
+    finally:
+        for process in processes:
+            if process.poll() is None:
+                process.kill()
+                process.wait()
+    results = []
+    for rank, log in enumerate(logs):
+        log.seek(0)
+        code, when = ended.get(rank, (None, time.time()))
+        results.append((code, log.read(), when))
+        log.close()
+    return results
+
+
+def run_cases(module: str, names: list[str], world_size: int, backend: str = "gloo") -> dict[str, list[str]]:
+    """What went wrong in each case: (empty: nothing) one text for each rank. Arguments as `run_processes`."""
+    results: dict[str, list[str]] = {}
     with tempfile.TemporaryDirectory() as folder:
-        env = {
-            **os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "NCCL_NVLS_ENABLE": "0",
-            "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1", "GLOO_SOCKET_IFNAME": "lo",
-        }  # fmt: skip
-        command = [sys.executable, str(Path(__file__)), module, ",".join(names), folder, str(world_size), backend]
-        logs = [open(f"{folder}/log{rank}", "w+") for rank in range(world_size)]  # noqa: SIM115
-        processes = [
-            subprocess.Popen([*command, str(rank)], cwd=ROOT, env=env, stdout=log, stderr=subprocess.STDOUT)
-            for rank, log in enumerate(logs)
-        ]
-        end = time.monotonic() + RUN_TIMEOUT
-        try:
-            for process in processes:
-                process.wait(max(1, end - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            pass
-        finally:
-            for process in processes:
-                if process.poll() is None:
-                    process.kill()
-                    process.wait()
-        results = {}
-        for rank, log in enumerate(logs):
-            log.seek(0)
-            tail = log.read()[-3000:]
-            log.close()
+        for rank, (_, log, _) in enumerate(run_processes(module, names, world_size, backend, folder=folder)):
+            print(f"rank {rank}:\n{log}")
             for name in names:
                 file = Path(folder, f"{name}.{rank}")
-                text = file.read_text() if file.exists() else f"rank {rank} did not get there:\n{tail}"
+                text = file.read_text() if file.exists() else f"rank {rank} did not get there:\n{log[-3000:]}"
                 results.setdefault(name, []).append(text)
-        return results
+    return results
 
 
 def results_once(

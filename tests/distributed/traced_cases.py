@@ -10,15 +10,16 @@ CASES = Cases()
 
 
 def _traced(me, backend):
-    args = draw(me, [6] * me.size, dtype=torch.float32)
-    mine = of_rank(args, [6] * me.size, me.rank)
     for options in (
         {"way": "gather", "max_tokens": 8},
         {"way": "alltoall", "max_tokens": 8},
         {"max_tokens": 8},
         {"way": "alltoall", "max_tokens": 8, "capacity": 7, "on_overflow": "error"},
+        {"way": "gather", "max_tokens": 8, "combine_dtype": torch.float16},
     ):
         torch.compiler.reset()
+        dtype = torch.bfloat16 if "combine_dtype" in options else torch.float32
+        mine = of_rank(draw(me, [6] * me.size, dtype=dtype), [6] * me.size, me.rank)
         ep = ExpertParallel(None, 5, **options)
         positional, named = of_experts(mine, ep.local_experts)
         with torch.no_grad():
@@ -43,8 +44,9 @@ def graphs(me):
     counts = [7] * me.size
     for options in (
         {"way": "gather", "max_tokens": 8},
+        {"way": "gather", "max_tokens": 8, "combine_dtype": torch.float16},
         {"way": "alltoall", "max_tokens": 8},
-        {"way": "alltoall", "max_tokens": 8, "capacity": 6, "on_overflow": "error"},
+        {"way": "alltoall", "max_tokens": 8, "capacity": 6, "on_overflow": "error", "combine_dtype": torch.float16},
     ):
         calls = []
         for seed in range(4):

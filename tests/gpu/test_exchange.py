@@ -6,7 +6,17 @@ import torch
 from moe_ops import exchange
 from moe_ops.backends import exchange as backend
 from moe_ops.testing import poisoned_memory
-from tests.exchange import EXPERTS, QUANTIZED, RANKS, TABLES, check_packed, draw, pack_arguments
+from tests.exchange import (
+    EXPERTS,
+    QUANTIZED,
+    RANKS,
+    TABLES,
+    check_halved,
+    check_packed,
+    draw,
+    extremes,
+    pack_arguments,
+)
 
 
 @pytest.mark.parametrize("capacity", [0, 3, 700])
@@ -37,7 +47,22 @@ def test_combine(dtype):
     rows = exchange.place_rows(ids, *(table.cuda() for table in TABLES), RANKS, 300)[2]
     back = torch.randn(RANKS * 300, 2048, device="cuda").to(dtype)
     with poisoned_memory():
-        got = backend.combine_rows(back, rows, torch.bfloat16)
-    expected = exchange.combine_rows(back, rows, torch.bfloat16)
+        got = backend.combine_rows(back, rows, 2048, torch.bfloat16)
+    expected = exchange.combine_rows(back, rows, 2048, torch.bfloat16)
     assert expected.isnan().any() and not expected.isnan().all()
     torch.testing.assert_close(got, expected, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("hidden", [136, 7168])
+def test_halves(hidden):
+    partial = extremes(hidden).cuda()
+    for first, count in ((0, 0), (3, 4)):
+        with poisoned_memory():
+            payload = backend.halve_rows(partial, first, count)
+        check_halved(payload, exchange.halve_rows(partial, first, count), partial, first, count)
+    own = torch.randn(64, hidden, device="cuda")
+    back = exchange.halve_rows(torch.randn(128, hidden, device="cuda"), 0, 0)
+    for rank in range(3):
+        with poisoned_memory():
+            got = backend.sum_ranks(own, back, rank, torch.bfloat16)
+        assert torch.equal(got, exchange.sum_ranks(own, back, rank, torch.bfloat16))

@@ -9,7 +9,18 @@ from moe_ops import exchange
 from moe_ops.backends import exchange as backend
 from moe_ops.exchange import NO_ROOM
 from moe_ops.testing import poisoned_memory, sanitized
-from tests.exchange import FAR_ROWS, QUANTIZED, RANKS, TABLES, check_packed, draw, pack_arguments, returned
+from tests.exchange import (
+    FAR_ROWS,
+    QUANTIZED,
+    RANKS,
+    TABLES,
+    check_halved,
+    check_packed,
+    draw,
+    extremes,
+    pack_arguments,
+    returned,
+)
 
 # The interpreter's NumPy says so of NaN and infinities, which are meant.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -66,8 +77,8 @@ def test_far_apart():
     check_packed(backend.pack_rows(far, *others), (x, *others))
     back = torch.randn(3, 40).bfloat16()
     far = torch.empty_strided(back.shape, (2**30, 1), dtype=back.dtype).copy_(back)
-    expected = exchange.combine_rows(back, FAR_ROWS, torch.float32)
-    got = backend.combine_rows(far, FAR_ROWS, torch.float32)
+    expected = exchange.combine_rows(back, FAR_ROWS, 40, torch.float32)
+    got = backend.combine_rows(far, FAR_ROWS, 40, torch.float32)
     torch.testing.assert_close(got, expected, rtol=0, atol=0, equal_nan=True)
 
 
@@ -76,7 +87,41 @@ def test_far_apart():
 def test_combine(dtype, hidden):
     back, rows = returned(dtype, hidden)
     with sanitized(), poisoned_memory():
-        got = backend.combine_rows(back, rows, dtype)
-    expected = exchange.combine_rows(back, rows, dtype)
+        got = backend.combine_rows(back, rows, hidden, dtype)
+    expected = exchange.combine_rows(back, rows, hidden, dtype)
     torch.testing.assert_close(got, expected, rtol=0, atol=0, equal_nan=True)
-    assert backend.combine_rows(back, rows[:0], dtype).shape == (0, hidden)
+    assert backend.combine_rows(back, rows[:0], hidden, dtype).shape == (0, hidden)
+
+
+@pytest.mark.parametrize("hidden", [136, WIDE])
+def test_halve(hidden):
+    """All rows but some, as they are: huge and tiny ones, zeros, infinities and NaN beside numbers."""
+    partial = extremes(hidden)
+    for first, count in ((0, 0), (0, 2), (3, 4), (len(partial) - 1, 1), (0, len(partial))):
+        with poisoned_memory():
+            payload = backend.halve_rows(partial, first, count)
+        check_halved(payload, exchange.halve_rows(partial, first, count), partial, first, count)
+
+
+def test_halve_far_apart():
+    partial = extremes(40)[:3]
+    far = torch.empty_strided(partial.shape, (2**30, 1)).copy_(partial)
+    check_halved(backend.halve_rows(far, 0, 0), exchange.halve_rows(partial, 0, 0), partial, 0, 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rank", [0, 1, 2])
+def test_sums_of_halves(rank, dtype):
+    """Of every rank's tokens, and of rows that come back to slots."""
+    generator = torch.Generator().manual_seed(rank)
+    others, own = (torch.randn(n, WIDE, generator=generator) for n in (2 * 3, 3))
+    back = exchange.halve_rows(others * 10.0 ** torch.arange(-3, 3)[:, None], 0, 0)
+    with poisoned_memory():
+        got = backend.sum_ranks(own, back, rank, dtype)
+    torch.testing.assert_close(got, exchange.sum_ranks(own, back, rank, dtype), rtol=0, atol=0)
+    assert backend.sum_ranks(own[:0], back[:0], rank, dtype).shape == (0, WIDE)
+    partial, rows = returned(torch.float32)
+    back = exchange.halve_rows(partial, 0, 0)
+    with poisoned_memory():
+        got = backend.combine_rows(back, rows, 136, dtype)
+    torch.testing.assert_close(got, exchange.combine_rows(back, rows, 136, dtype), rtol=0, atol=0, equal_nan=True)

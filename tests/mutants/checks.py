@@ -250,9 +250,29 @@ def combine(back: Tensor, placed: Tensor) -> None:
     from moe_ops.backends import exchange as backend
 
     with sanitized(), poisoned_memory():
-        got = backend.combine_rows(back, placed, torch.float32)
-    expected = exchange.combine_rows(back, placed, torch.float32)
+        got = backend.combine_rows(back, placed, back.shape[1], torch.float32)
+    expected = exchange.combine_rows(back, placed, back.shape[1], torch.float32)
     torch.testing.assert_close(got, expected, rtol=0, atol=0, equal_nan=True)
+
+
+def halve(partial: Tensor, first: int, count: int) -> None:
+    """Partial sums in 16 bits against their definition."""
+    from moe_ops.backends import exchange as backend
+
+    with poisoned_memory():
+        payload = backend.halve_rows(partial, first, count)
+    rows.check_halved(payload, exchange.halve_rows(partial, first, count), partial, first, count)
+
+
+def sum_ranks(rank: int) -> None:
+    """The sum of every rank's partial sums against its definition."""
+    from moe_ops.backends import exchange as backend
+
+    generator = torch.Generator().manual_seed(rank)
+    own, others = (torch.randn(n, 136, generator=generator) for n in (3, 6))
+    back = exchange.halve_rows(others * 10.0 ** torch.arange(-3, 3)[:, None], 0, 0)
+    got = backend.sum_ranks(own, back, rank, torch.float32)
+    torch.testing.assert_close(got, exchange.sum_ranks(own, back, rank, torch.float32), rtol=0, atol=0)
 
 
 def blockscaled(name: str, **sizes) -> None:
@@ -334,6 +354,8 @@ CHECKS = {
     "pack far apart": partial(pack, 0, "plain", torch.float16, far_apart, num_tokens=3),
     "combine": lambda: combine(*rows.returned(torch.float32)),
     "combine wide": lambda: combine(*rows.returned(torch.float32, 2184)),
+    "halve": lambda: halve(rows.extremes(136), 3, 4),
+    "sum ranks": lambda: sum_ranks(1),
     "combine far apart": lambda: combine(far_apart(torch.randn(3, 40).half()), rows.FAR_ROWS),
 }
 

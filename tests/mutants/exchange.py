@@ -135,5 +135,21 @@ EXCHANGE_MUTATIONS = [
         "columns_of_the_first_block", "exchange", "(tl.program_id(0) % num_h) * BLOCK_H + ", "",
         "a wide result is its first columns alone", "combine wide", in_full=True,
     ),
+    Mutation(
+        "infinity_is_the_largest", "exchange", "tl.where(size < float(\"inf\"), size, 0.0)", "size",
+        "numbers beside an infinity, or NaN, are scaled to nothing", "halve",
+    ),
+    Mutation(
+        "largest_beyond_float16", "exchange", "tl.minimum(141 -", "tl.minimum(144 -",
+        "a row's largest numbers overflow on their way back", "halve", in_full=True,
+    ),
+    Mutation(
+        "own_rows_halved", "exchange", "tl.where(row >= first, count, 0)", "0",
+        "rows that stay are sent in the place of those behind them", "halve", in_full=True,
+    ),
+    Mutation(
+        "ranks_behind_read_one_on", "exchange", "tl.where(k > rank, 1, 0)", "0",
+        "sums of the ranks behind this one are the next one's", "sum ranks",
+    ),
 ]
 # fmt: on

@@ -19,6 +19,7 @@ from moe_ops.distributed import (
     expected_share,
     shard_state_dict,
 )
+from moe_ops.distributed.cost import halving_pays
 from moe_ops.distributed.formats import make_formats
 from moe_ops.distributed.groups import Group
 from moe_ops.exchange import RowLayout
@@ -104,13 +105,26 @@ def test_few_tokens_are_gathered_and_many_are_sent():
     assert ways == ["gather", "gather", "alltoall", "alltoall"]
     best, other = choose_way(1024, num_ranks=8, **SIZES)
     assert best.seconds <= other.seconds and {best.way, other.way} == {"gather", "alltoall"}
+    # 16 bits for many tokens, for fewer where the network is slower, and never where the rank has slow memory.
+    halved = [halving_pays(tokens, hidden_size=7168, num_ranks=8) for tokens in (1, 8, 1024)]
+    assert halved == [False, False, True]
+    assert halving_pays(8, hidden_size=7168, num_ranks=8, network=Network(bandwidth=20e9))
+    assert not halving_pays(1024, hidden_size=7168, num_ranks=8, network=Network(memory=1e11))
     # Where every token goes everywhere there is nothing to be saved.
     assert choose_way(4096, num_ranks=2, capacity=4096, **SIZES)[0].way == "gather"
 
 
 @pytest.mark.parametrize(
     "network",
-    [{"bandwidth": 0}, {"latency": -1}, {"node_size": 0}, {"node_bandwidth": float("nan")}, {"host_sync": -1}],
+    [
+        {"bandwidth": 0},
+        {"latency": -1},
+        {"node_size": 0},
+        {"node_bandwidth": float("nan")},
+        {"host_sync": -1},
+        {"rounding": -1},
+        {"memory": 0},
+    ],
 )
 def test_network_errors(network):
     with pytest.raises(ValueError, match=f"{next(iter(network))} is"):
@@ -128,7 +142,18 @@ def formats(dtype, **options):
 def test_formats():
     plain = formats(torch.bfloat16)
     assert plain.layout == RowLayout(300, 4, torch.bfloat16) and not plain.quantized
-    assert (plain.combine_dtype, plain.out_dtype) == (torch.float32, torch.bfloat16)
+    assert (plain.partial_dtype, plain.out_dtype) == (torch.float32, torch.bfloat16)
+    # Chosen by sizes where 11 bits are many; float16 of partial sums that have it is as the op writes it.
+    assert plain.combine_dtype is None
+    assert all(formats(dtype).combine_dtype == torch.float32 for dtype in (torch.float32, torch.float16))
+    for dtype, combine, partial in (
+        (torch.bfloat16, torch.float16, torch.float32),
+        (torch.bfloat16, torch.bfloat16, torch.bfloat16),
+        (torch.float16, torch.float16, torch.float16),
+        (torch.float16, torch.float32, torch.float32),
+    ):
+        asked = formats(dtype, combine_dtype=combine)
+        assert (asked.combine_dtype, asked.partial_dtype) == (combine, partial)
     blocks = {"quantization": "fp8_w8a8", "block_shape": (128, 128)}
     assert formats(torch.bfloat16, **blocks).layout == RowLayout(300, 4, torch.float8_e4m3fn, 3)
     assert formats(torch.bfloat16, quantization="int8_w8a8").layout == RowLayout(300, 4, torch.int8, 1)
@@ -258,6 +283,9 @@ def test_plans():
     assert told.traffic.rows == 64 and told.traffic.back_bytes == 64 * 64 * 4
     assert (told.payload_dtype, told.combine_dtype) == (torch.bfloat16, torch.float32)
     assert plan(max_tokens=64, combine_dtype=torch.bfloat16).traffic.back_bytes == 64 * 64 * 2
+    many = plan(max_tokens=65536)
+    assert many.combine_dtype == torch.float16 and many.traffic.back_bytes == 65536 * 64 * 2
+    assert plan(max_tokens=65536, combine_dtype=torch.float32).traffic.back_bytes == 65536 * 64 * 4
     assert not plan(max_tokens=64, check=True).capturable
 
 

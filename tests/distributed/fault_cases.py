@@ -1,0 +1,80 @@
+"""What each rank runs when another has died, or does not come."""
+
+import datetime
+import os
+import time
+
+import torch
+import torch.distributed as dist
+
+from moe_ops.distributed import ExpertParallel
+from tests.distributed.calls import Cases, check, draw, of_experts, of_rank
+
+CASES = Cases()
+# Seconds that a group waits for a rank that is gone; exit statuses of a rank that got an error, or none.
+DEATH_TIMEOUT, RAISED, RETURNED = 8, 3, 4
+
+
+@CASES
+def wrong_on_one_rank(me):
+    """Without the check the others find out by the group's timeout, and no later; the message says what it can be."""
+    group = dist.new_group(timeout=datetime.timedelta(seconds=2))
+    args = draw(me, [3] * me.size)
+    for way in ("gather", "alltoall"):
+        ep = ExpertParallel(group, 5, way=way)
+        positional, named = of_experts(of_rank(args, [3] * me.size, me.rank), ep.local_experts)
+        if me.rank == 0:
+            continue
+        start = time.monotonic()
+        try:
+            ep.fused_moe(*positional, **named)
+        except RuntimeError as error:
+            assert "failed on rank" in str(error) and "slower than the group's timeout" in str(error), error
+        else:
+            raise AssertionError("no error")
+        assert time.monotonic() - start < 10
+        break
+    # The group is broken, which is what the case is about; the default one is not.
+    me.agreed("wrong_on_one_rank done", True)
+
+
+@CASES
+def dead_rank(me):
+    """A rank that is gone ends the others with an error; the last case of its run."""
+    args = draw(me, [3] * me.size)
+    if me.rank == 0:
+        open(f"{me.folder}/dead_rank.0", "w").close()
+        os._exit(0)
+    start = time.monotonic()
+    try:
+        check(me, args, [3] * me.size)
+    except RuntimeError as error:
+        assert "failed on rank" in str(error) and "has died" in str(error), error
+    else:
+        raise AssertionError("no error")
+    assert time.monotonic() - start < 25
+    open(f"{me.folder}/dead_rank.{me.rank}", "w").close()
+    os._exit(0)
+
+
+@CASES
+def dead_rank_nccl(me):
+    """Rank 0 goes, and what becomes of the other is seen from outside; it alone has a group of a short timeout."""
+    counts = [3] * me.size
+    args = draw(me, counts)
+    check(me, args, counts, way="alltoall")  # compiles
+    ep = ExpertParallel(dist.new_group(timeout=datetime.timedelta(seconds=DEATH_TIMEOUT)), 5, way="alltoall")
+    positional, named = of_experts(of_rank(args, counts, me.rank), ep.local_experts)
+    ep.fused_moe(*positional, **named)
+    torch.cuda.synchronize()
+    me.agreed("the last call begins", True)
+    if me.rank == 0:
+        os._exit(0)
+    print("the last call begins", time.time(), flush=True)
+    try:
+        ep.fused_moe(*positional, **named)
+        torch.cuda.synchronize()
+    except RuntimeError as error:
+        print(f"RuntimeError: {error}", flush=True)
+        os._exit(RAISED)
+    os._exit(RETURNED)
