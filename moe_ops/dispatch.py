@@ -14,7 +14,15 @@ from moe_ops import env, routing
 from moe_ops.devices import Device
 from moe_ops.problem import PATHS, Problem
 from moe_ops.quantization.scheme import GROUP
-from moe_ops.tuning import VARIANTS, TileConfig, choose_variant, down_splits, tile_configs, tuned_tiles, variant_obstacle
+from moe_ops.tuning import (
+    VARIANTS,
+    TileConfig,
+    choose_variant,
+    down_splits,
+    tile_configs,
+    tuned_tiles,
+    variant_obstacle,
+)
 from moe_ops.tuning.obstacles import PLANE_UNIT, form_obstacle
 
 # TMA: base addresses and all strides but the innermost in units of 16 bytes.

@@ -17,9 +17,9 @@ _LARGE_SHARED_MEMORY = 160 * 1024
 
 # Programs a multiprocessor that make numbers of weights, each of four warps; and of mxfp4's down GEMM.
 _PROGRAMS, _PROGRAMS_LONG = 4, 1.5
-# The down GEMM's K is split up to so many rows an expert, as long as there are no more programs a multiprocessor, and
-# each has so many steps.
-_SPLIT_ROWS, _SPLIT_PROGRAMS, _SPLIT_STEPS = 8, 6, 5
+# The down GEMM's K is split up to so many rows an expert, below so many programs a multiprocessor, and into parts of so
+# many steps at least.
+_SPLIT_ROWS, _SPLIT_PROGRAMS, _SPLIT_STEPS = 8, 3, 5
 # I up to which the down GEMM's reduction is short.
 _SHORT_REDUCTION = 1024
 # Rows of an expert that are so few row blocks that a group of them has several experts in any case.
@@ -83,9 +83,9 @@ def tile_configs(
 
 
 def down_splits(problem: Problem, device: Device, down: TileConfig) -> int:
-    """Programs that share a tile of the down GEMM: where few tokens of packed weights leave multiprocessors idle.
+    """Programs that share a tile of the down GEMM: several where few tokens of packed weights leave the device idle.
 
-    Its N is a third of the up GEMM's or less and its K long, so a token or a few have too few tiles to fill the device.
+    It has fewer columns than the up GEMM and a longer K: a token or a few have too few tiles of it.
 
     Args:
         problem: the call, of variant "sorted".
@@ -93,14 +93,14 @@ def down_splits(problem: Problem, device: Device, down: TileConfig) -> int:
         down: its tile.
 
     Returns:
-        A power of two; 1 for other formats and where there are tiles enough, or steps too few.
+        A power of two; 1 for other formats, and where there are tiles enough or steps too few.
     """
     if not problem.scheme.packed or expected_rows(problem) > _SPLIT_ROWS or device.kind != "cuda":
         return 1
     programs = min(problem.num_routes, problem.num_experts) * -(-problem.hidden_size // down.block_n)
     steps = -(-problem.intermediate_size // down.block_k)
     splits = 1
-    while 2 * splits * programs <= _SPLIT_PROGRAMS * device.num_sms and steps >= 2 * splits * _SPLIT_STEPS:
+    while splits * programs < _SPLIT_PROGRAMS * device.num_sms and steps >= 2 * splits * _SPLIT_STEPS:
         splits *= 2
     return splits
 

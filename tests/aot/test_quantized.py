@@ -6,6 +6,8 @@ import re
 import pytest
 import torch
 
+from moe_ops.dispatch import make_plan
+from moe_ops.problem import make_problem
 from moe_ops.testing import override
 from tests.amount import params
 from tests.aot.harness import DEVICES, compile_call
@@ -51,10 +53,14 @@ def test_hopper(name, num_tokens):
 def test_weights_are_made_where_they_are_multiplied(name, num_tokens):
     """In pairs, in registers, which wgmma takes: no weight goes through shared memory again."""
     args = quantized_case(
-        name, torch.bfloat16, num_tokens=num_tokens, hidden=1024, intermediate=1024, experts=8, top_k=2
+        name, torch.bfloat16, num_tokens=num_tokens, hidden=1024, intermediate=1280, experts=8, top_k=2
     )
     with override(variant="sorted"):
         kernels = compile_call(args, 90)
+        # 16 tokens of packed weights have the down GEMM's K in parts.
+        assert (make_plan(make_problem(args), DEVICES[90]).splits > 1) == (
+            num_tokens == 16 and args.w1.dtype == torch.uint8
+        )
     for gemm in ("up_kernel", "down_kernel"):
         kernel = kernels[gemm]
         products = re.findall(r"wgmma\.mma_async\S+\s+\{[^}]*\},\s*(\S)", kernel.ptx)
