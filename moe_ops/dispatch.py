@@ -29,6 +29,7 @@ from moe_ops.tuning.obstacles import PLANE_UNIT, form_obstacle
 _TMA_ALIGNMENT = 16
 _ROW_UNIT = 16
 _FP8_CAPABILITY = (8, 9)
+_MOST_SPLITS = 64
 _INTERPRETER_CURE = "set TRITON_INTERPRET=1 before the process starts to run Triton kernels on the CPU"
 
 
@@ -98,8 +99,11 @@ class Override:
     variant: str | None = None
     up: TileConfig | None = None
     down: TileConfig | None = None
+    splits: int | None = None
 
     def __post_init__(self) -> None:
+        if self.splits is not None and not 1 <= self.splits <= _MOST_SPLITS:
+            raise ValueError(f"splits is {self.splits}, expected 1 to {_MOST_SPLITS}")
         for name, allowed in (("path", PATHS), ("variant", VARIANTS)):
             value = getattr(self, name)
             if value is not None and value not in allowed:
@@ -161,6 +165,10 @@ def make_plan(problem: Problem, device: Device) -> Plan:
     dependent_launch = device.capability is not None and device.capability >= (9, 0) and not device.interpreted
     planes = _planes(problem, variant, up, down)
     splits = 1 if invariant or variant != "sorted" else down_splits(problem, device, down)
+    if forced is not None and forced.splits is not None:
+        if variant != "sorted":
+            raise ValueError(f"splits is {forced.splits}, but variant is {variant!r}; pass variant='sorted' too")
+        splits = forced.splits
     plan = Plan(
         path, reason, variant, dependent_launch, up, down, max_tiles, device.num_sms, planes, splits, source=source
     )  # fmt: skip

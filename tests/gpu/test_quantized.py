@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from moe_ops import dispatch
 from moe_ops.devices import describe
 from moe_ops.problem import make_problem
 from moe_ops.reference import fused_moe_reference
@@ -53,12 +52,11 @@ def test_format(name, path, variant, num_tokens, shape):
 @pytest.mark.parametrize("path", ["tma", "classic"])
 @pytest.mark.parametrize("splits", [2, 8])
 @pytest.mark.parametrize("name", ["int4", "int4_zero_points", "mxfp4", "int8_weights"])
-def test_down_gemm_in_parts(name, splits, path, monkeypatch):
+def test_down_gemm_in_parts(name, splits, path):
     """The last part of K is short, or there is nothing left for it; the bias is added once."""
-    monkeypatch.setattr(dispatch, "down_splits", lambda *_: splits)
     args = quantized_case(name, torch.bfloat16, "cuda", num_tokens=5, bias=True, hidden=288, intermediate=1184)
     skip_unless_it_runs(args, path, "sorted")
-    with override(path=path, variant="sorted"), poisoned_memory():
+    with override(path=path, variant="sorted", splits=splits), poisoned_memory():
         out = run(args)
         again = run(args)
     assert_correct(out, args)

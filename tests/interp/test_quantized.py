@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from moe_ops import dispatch
 from moe_ops.testing import assert_correct, assert_exact, override, poisoned_memory
 from moe_ops.tuning import TileConfig
 from tests.amount import ALL, params
@@ -33,11 +32,11 @@ def test_format(name, kind):
 
 
 @pytest.mark.parametrize(("name", "splits"), params([("int4_zero_points", 2), ("mxfp4", 4)], [("mxfp4", 4)]))
-def test_down_gemm_in_parts(name, splits, monkeypatch):
+def test_down_gemm_in_parts(name, splits):
     """The last part of K is short, or there is nothing left for it; the bias is added once."""
-    monkeypatch.setattr(dispatch, "down_splits", lambda *_: splits)
     args = quantized_case(name, torch.float16, num_tokens=2, bias=True, hidden=64, intermediate=288)
-    with forced("tma", TileConfig(16, 64, 128, swap_ab=True)), poisoned_memory():
+    tile = TileConfig(16, 64, 128, swap_ab=True)
+    with override(path="tma", variant="sorted", config=tile, splits=splits), poisoned_memory():
         out = run(args)
     assert_correct(out, args)
 

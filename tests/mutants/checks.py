@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 
 import moe_ops
-from moe_ops import dispatch, exchange
+from moe_ops import exchange
 from moe_ops.arguments import Arguments
 from moe_ops.devices import describe
 from moe_ops.dispatch import make_plan
@@ -207,7 +207,7 @@ def router(logits: Tensor, top_k: int, bias: Tensor | None, options: dict) -> No
 def down_gemm_in_parts() -> None:
     """Parts of K of one step, the third of them short, and one of none."""
     args = quantized_case("int4", torch.float32, num_tokens=2, bias=True, hidden=64, intermediate=288)
-    with mock.patch.object(dispatch, "down_splits", lambda *_: 4), override(path="classic", variant="sorted"):
+    with override(path="classic", variant="sorted", splits=4), poisoned_memory():
         out = run(args)
     assert_correct(out, args)
 
