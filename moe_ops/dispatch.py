@@ -14,13 +14,22 @@ from moe_ops import env, routing
 from moe_ops.devices import Device
 from moe_ops.problem import PATHS, Problem
 from moe_ops.quantization.scheme import GROUP
-from moe_ops.tuning import VARIANTS, TileConfig, choose_variant, tile_configs, tuned_tiles, variant_obstacle
+from moe_ops.tuning import (
+    VARIANTS,
+    TileConfig,
+    choose_variant,
+    down_splits,
+    tile_configs,
+    tuned_tiles,
+    variant_obstacle,
+)
 from moe_ops.tuning.obstacles import PLANE_UNIT, form_obstacle
 
 # TMA: base addresses and all strides but the innermost in units of 16 bytes.
 _TMA_ALIGNMENT = 16
 _ROW_UNIT = 16
 _FP8_CAPABILITY = (8, 9)
+_MOST_SPLITS = 64
 _INTERPRETER_CURE = "set TRITON_INTERPRET=1 before the process starts to run Triton kernels on the CPU"
 
 
@@ -41,6 +50,7 @@ class Plan:
         num_sms: the device's multiprocessors, for persistent kernels.
         planes: weights in one element of what is stored, as the kernels of "sorted" read it; those of a row with one
             remainder by it are together in its activations, in planes.
+        splits: programs that share a tile of the down GEMM in "sorted", each with a part of K.
         workspace_bytes: device memory taken beside the result.
         source: where the tiles come from: "heuristic", "forced", or the file that they were read from; "" on the paths
             without tiles.
@@ -56,6 +66,7 @@ class Plan:
     max_tiles: int = 0
     num_sms: int = 1
     planes: int = 1
+    splits: int = 1
     workspace_bytes: int = 0
     source: str = ""
     kernels: dict[Hashable, Any] = field(default_factory=dict, compare=False, repr=False)
@@ -88,8 +99,11 @@ class Override:
     variant: str | None = None
     up: TileConfig | None = None
     down: TileConfig | None = None
+    splits: int | None = None
 
     def __post_init__(self) -> None:
+        if self.splits is not None and not 1 <= self.splits <= _MOST_SPLITS:
+            raise ValueError(f"splits is {self.splits}, expected 1 to {_MOST_SPLITS}")
         for name, allowed in (("path", PATHS), ("variant", VARIANTS)):
             value = getattr(self, name)
             if value is not None and value not in allowed:
@@ -150,7 +164,14 @@ def make_plan(problem: Problem, device: Device) -> Plan:
         max_tiles = routing.max_row_blocks(problem.num_routes, problem.num_experts, up.block_m)
     dependent_launch = device.capability is not None and device.capability >= (9, 0) and not device.interpreted
     planes = _planes(problem, variant, up, down)
-    plan = Plan(path, reason, variant, dependent_launch, up, down, max_tiles, device.num_sms, planes, source=source)
+    splits = 1 if invariant or variant != "sorted" else down_splits(problem, device, down)
+    if forced is not None and forced.splits is not None:
+        if variant != "sorted":
+            raise ValueError(f"splits is {forced.splits}, but variant is {variant!r}; pass variant='sorted' too")
+        splits = forced.splits
+    plan = Plan(
+        path, reason, variant, dependent_launch, up, down, max_tiles, device.num_sms, planes, splits, source=source
+    )  # fmt: skip
     return replace(plan, workspace_bytes=_workspace_bytes(problem, plan))
 
 
@@ -188,7 +209,8 @@ def _workspace_bytes(problem: Problem, plan: Plan) -> int:
         return act
     if plan.variant == "blockscaled" or (plan.variant == "pingpong" and scheme.act in ("tensor", "expert")):
         act = 0  # quantised before it is stored
-    rows = plan.max_rows * row_stride(problem.hidden_size) * problem.dtype.itemsize
+    row_bytes = row_stride(problem.hidden_size) * (problem.dtype.itemsize if plan.splits == 1 else 4)
+    rows = plan.splits * plan.max_rows * row_bytes
     if plan.planes > 1:
         width = plan.planes * problem.dtype.itemsize
         act = plan.max_rows * plan.plane_width(problem.intermediate_size) * width

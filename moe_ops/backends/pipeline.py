@@ -102,17 +102,18 @@ def stages(args: Arguments, problem: Problem, plan: Plan, out: Tensor, describe:
             yield "planes"
         act = _UP[plan.variant](args, problem, plan, describe, routing, progress, router_weights, x)
         yield "up"
-        rows = _workspace(args, problem, plan, problem.hidden_size)
+        rows = _workspace(args, problem, plan, problem.hidden_size, plan.splits)
         _DOWN[plan.variant](args, problem, plan, describe, routing, progress, act, rows)
         yield "down"
         _combine(problem, plan, rows, routing, combine_weights, out)
         yield "combine"
 
 
-def _workspace(args: Arguments, problem: Problem, plan: Plan, columns: int) -> Tensor:
-    """[max_rows, columns] in the compute dtype, whose rows TMA can step over."""
+def _workspace(args: Arguments, problem: Problem, plan: Plan, columns: int, splits: int = 1) -> Tensor:
+    """[max_rows, columns] in the compute dtype, whose rows TMA can step over; in fp32 for each of several splits."""
     stride = row_stride(columns)
-    rows = args.hidden_states.new_empty((plan.max_rows, stride), dtype=problem.dtype)
+    dtype = problem.dtype if splits == 1 else torch.float32
+    rows = args.hidden_states.new_empty((splits * plan.max_rows, stride), dtype=dtype)
     return rows if stride == columns else rows[:, :columns]
 
 
@@ -151,7 +152,7 @@ def _down(args, problem: Problem, plan: Plan, describe: Describe | None, routing
     act_desc = None if describe is None or plan.planes > 1 else describe.act(act.values, plan)
     w2_desc = None if describe is None else describe.w2(args, problem, plan)
     Launcher(plan.kernels)(
-        "down", down_kernel, plan.max_tiles * cdiv(problem.hidden_size, config.block_n),
+        "down", down_kernel, plan.max_tiles * cdiv(problem.hidden_size, config.block_n) * plan.splits,
         (act_desc, act.values, w2_desc, None if w2_desc is not None else w2, bias, rows,
          *routing[:2], problem.num_routes,
          problem.hidden_size, problem.intermediate_size,
@@ -159,7 +160,7 @@ def _down(args, problem: Problem, plan: Plan, describe: Describe | None, routing
          act.scale, *act.strides, *weight_scales(args, problem, "w2")),
         lambda: {
             **weight_constexprs(w2), **_sizes(problem), "S_UNIT": scale_unit(args.w2_scale),
-            **_tile(plan, config, problem.intermediate_size, problem),
+            **_tile(plan, config, problem.intermediate_size, problem), "SPLITS": plan.splits,
             **dependent(plan),
         },
     )  # fmt: skip
@@ -234,9 +235,9 @@ def _combine(problem: Problem, plan: Plan, rows: Tensor, routing: Routing, route
         name, combine_kernel, problem.num_tokens * cdiv(problem.hidden_size, block_h),
         (rows, routing.inverse, router_weights, out,
          problem.routed_scaling_factor, problem.top_k, problem.hidden_size,
-         rows.stride(0), *out_strides),
+         plan.max_rows, rows.stride(0), *out_strides),
         lambda: {
             "UNROLL": min(_COMBINE_UNROLL, next_power_of_2(problem.top_k)), "REDUCE": problem.reduce_topk,
-            "BLOCK_H": block_h, "num_warps": 4, **dependent(plan),
+            "SPLITS": plan.splits, "BLOCK_H": block_h, "num_warps": 4, **dependent(plan),
         },
     )  # fmt: skip

@@ -33,9 +33,9 @@ _EXAMPLES = """examples:
   python -m moe_ops explain --shape 8,2,4096,14336 --device sm_80 --json
 
 Columns: path and variant are the kernels (docs/kernels.md); a tile is block_m x block_n x block_k, then w warps, s
-stages, g rows of blocks in a group, T for swapped operands; "from" is the heuristic or the table of tuned tiles
-(docs/tuning.md); workspace is device memory taken beside the result; "at least" is the larger of the call's FLOPs and
-bytes over the ceilings of the device's data sheet: no implementation is faster, and none reaches it."""
+stages, g rows of blocks in a group, T for swapped operands, /4 for K in four parts; "from" is the heuristic or the
+table of tuned tiles (docs/tuning.md); workspace is device memory taken beside the result; "at least" is the larger of
+the FLOPs and bytes over the ceilings of the device's data sheet: no implementation is faster, and none reaches it."""
 
 
 def add_parser(commands) -> None:
@@ -122,6 +122,7 @@ def _call(name: str, sizes: tuple, tokens: int, plan: Plan, least: tuple[float, 
         "variant": plan.variant,
         "up": plan.up and asdict(plan.up),
         "down": plan.down and asdict(plan.down),
+        "splits": plan.splits,
         "source": plan.source,
         "workspace_bytes": plan.workspace_bytes,
         "least_ms": least and least[0],
@@ -129,10 +130,11 @@ def _call(name: str, sizes: tuple, tokens: int, plan: Plan, least: tuple[float, 
     }
 
 
-def describe_tile(tile: TileConfig) -> str:
-    """A tile in a few characters."""
+def describe_tile(tile: TileConfig, splits: int = 1) -> str:
+    """A tile in a few characters, and how many programs share it."""
     blocks = f"{tile.block_m}x{tile.block_n}x{tile.block_k}"
-    return f"{blocks} w{tile.num_warps} s{tile.num_stages} g{tile.group_m}{' T' if tile.swap_ab else ''}"
+    forms = f"{' T' if tile.swap_ab else ''}{f' /{splits}' if splits > 1 else ''}"
+    return f"{blocks} w{tile.num_warps} s{tile.num_stages} g{tile.group_m}{forms}"
 
 
 def _show(record: dict, shapes: dict) -> None:
@@ -144,7 +146,7 @@ def _show(record: dict, shapes: dict) -> None:
                 call["path"],
                 call["variant"] or None,
                 call["up"] and describe_tile(TileConfig(**call["up"])),
-                call["down"] and describe_tile(TileConfig(**call["down"])),
+                call["down"] and describe_tile(TileConfig(**call["down"]), call["splits"]),
                 (call["source"] if call["source"] == "heuristic" else "table") if call["source"] else None,
                 f"{call['workspace_bytes'] / 2**20:.1f} MiB" if call["workspace_bytes"] else None,
                 call["least_ms"] and f"{call['least_ms']:.4f} ms ({call['bound']})",

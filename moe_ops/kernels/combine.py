@@ -6,13 +6,15 @@ import triton.language as tl
 from moe_ops.kernels.compat import gdc_wait
 
 
-@triton.jit(do_not_specialize=["factor", "top_k"])
+@triton.jit(do_not_specialize=["factor", "top_k", "max_rows"])
 def combine_kernel(
-    rows_ptr, inverse_ptr, router_weights_ptr, out_ptr, factor, top_k, H, stride_rm, stride_om, stride_ok, stride_oh,
-    UNROLL: tl.constexpr, REDUCE: tl.constexpr, BLOCK_H: tl.constexpr, PDL: tl.constexpr,
+    rows_ptr, inverse_ptr, router_weights_ptr, out_ptr, factor, top_k, H, max_rows,
+    stride_rm, stride_om, stride_ok, stride_oh,
+    UNROLL: tl.constexpr, REDUCE: tl.constexpr, SPLITS: tl.constexpr, BLOCK_H: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """out[m] = factor * sum_k weight[m, k] * rows[inverse[m, k]], or the summands themselves (not REDUCE).
 
+    A row is the sum, in this order, of SPLITS rows, max_rows apart.
     A dropped route (inverse -1) contributes exactly 0: neither its weight nor any row is read.
     """
     if PDL:
@@ -28,8 +30,11 @@ def combine_kernel(
             route = token * top_k + k
             row = tl.load(inverse_ptr + route, mask=k < top_k, other=-1).to(tl.int64)
             # Masks compare columns with a bound: the interpreter cannot AND a vector with a scalar condition.
-            value = tl.load(rows_ptr + row * stride_rm + columns, mask=columns < tl.where(row >= 0, H, 0), other=0.0)
-            value = value.to(tl.float32)
+            mask = columns < tl.where(row >= 0, H, 0)
+            value = tl.load(rows_ptr + row * stride_rm + columns, mask=mask, other=0.0).to(tl.float32)
+            for split in tl.static_range(1, SPLITS):
+                part = row + split * max_rows.to(tl.int64)
+                value += tl.load(rows_ptr + part * stride_rm + columns, mask=mask, other=0.0)
             if router_weights_ptr is not None:
                 value *= tl.load(router_weights_ptr + route, mask=row >= 0, other=0.0).to(tl.float32)
             if REDUCE:

@@ -111,13 +111,13 @@ def _group_scales(ptrs, stride_k, mask, k, K, PARTS: tl.constexpr, PART: tl.cons
 
 
 @triton.jit
-def _accumulate(a_desc, a_ptrs, a_row, row_mask, stride_ak, w_desc, w_ptr, expert, n, N, K,
+def _accumulate(a_desc, a_ptrs, a_row, row_mask, stride_ak, w_desc, w_ptr, expert, n, N, K, first, end,
                 stride_we, stride_wn, stride_wk, a_scale_ptrs, stride_ag, w_scales, BLOCK_M: tl.constexpr,
                 BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, HALVES: tl.constexpr, N_MAJOR: tl.constexpr,
                 COLUMNS: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr, SWAP_AB: tl.constexpr,
                 FORMAT: tl.constexpr, SCALE_ROWS: tl.constexpr, SCALE_COLUMNS: tl.constexpr,
                 PLANES: tl.constexpr, dtype: tl.constexpr):  # fmt: skip
-    """The mainloop: rows @ weights^T over the whole of K, in fp32, with all scales. [BLOCK_M, COLUMNS]
+    """The mainloop: rows @ weights^T over columns `first` to `end` of K, in fp32, with all scales. [BLOCK_M, COLUMNS]
 
     Quantised rows and weights are multiplied as they are stored; scales that change along K make a product of each step
     and add it up in fp32, the others come at the end. Quantised weights alone are made numbers of the rows' dtype; a
@@ -146,11 +146,11 @@ def _accumulate(a_desc, a_ptrs, a_row, row_mask, stride_ak, w_desc, w_ptr, exper
         scale_ptrs = row_ptrs(scale_ptr, expert, scale_rows(w_rows, SCALE_ROWS), stride_se, stride_sn)
         if WEIGHTS_ONLY and STEP_BY_STEP:
             # A step ahead: nothing else would cover the way to memory of loads this small.
-            next_scale = _group_scales(scale_ptrs, stride_sk, w_mask, 0, K, 1, BLOCK_K, SCALE_COLUMNS, True)
+            next_scale = _group_scales(scale_ptrs, stride_sk, w_mask, first, K, 1, BLOCK_K, SCALE_COLUMNS, False)
         if zero_ptr is not None:
             zero_ptrs = row_ptrs(zero_ptr, expert, zero_rows(w_rows, FORMAT), stride_ze, stride_zn)
     acc = tl.zeros((COLUMNS, BLOCK_M) if SWAP_AB else (BLOCK_M, COLUMNS), tl.int32 if IN_INTEGERS else tl.float32)
-    for k in range(0, K, BLOCK_K):
+    for k in range(first, end, BLOCK_K):
         stored = k // PLANES
         if w_desc is not None:
             w = _weight_tile(w_desc, expert, n, stored, BLOCK_N, STEP, HALVES, N_MAJOR, COLUMNS)
@@ -257,7 +257,7 @@ def up_kernel(
     x_scale_ptrs = x_scale_ptr
     if x_scale_ptr is not None:
         x_scale_ptrs = row_ptrs(x_scale_ptr, expert, routes // top_k, stride_xse, stride_xsm)
-    acc = _accumulate(None, x_ptrs, 0, row_mask, stride_xk, w_desc, w_ptr, expert, n, N, H,
+    acc = _accumulate(None, x_ptrs, 0, row_mask, stride_xk, w_desc, w_ptr, expert, n, N, H, 0, H,
                       stride_we, stride_wn, stride_wk, x_scale_ptrs, stride_xsg,
                       (w_scale_ptr, stride_se, stride_sn, stride_sk, w_zero_ptr, stride_ze, stride_zn, stride_zk),
                       BLOCK_M, BLOCK_N, BLOCK_K, HALVES, N_MAJOR, COLUMNS, EVEN_K, PRECISION, SWAP_AB,
@@ -303,16 +303,21 @@ def down_kernel(
     N_MAJOR: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
     SWAP_AB: tl.constexpr, FORMAT: tl.constexpr, SCALE_ROWS: tl.constexpr, SCALE_COLUMNS: tl.constexpr,
-    S_UNIT: tl.constexpr, PLANES: tl.constexpr, PDL: tl.constexpr,
+    S_UNIT: tl.constexpr, PLANES: tl.constexpr, SPLITS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """rows[p] = act[p] @ w2[e]^T + b2[e] for the sorted rows p. Padding rows are computed with, and never stored."""
+    """rows[p] = act[p] @ w2[e]^T + b2[e] for the sorted rows p. Padding rows are computed with, and never stored.
+
+    SPLITS programs share a tile, each with its own steps along K, and its own rows in fp32, which the combine adds up.
+    """
     H, I = multiple(H, H_UNIT), multiple(I, I_UNIT)
     stride_se, stride_sn = multiple(stride_se, S_UNIT), multiple(stride_sn, S_UNIT)
     stride_we, stride_wn, stride_wk = weight_strides(stride_we, stride_wn, stride_wk, N_MAJOR, W_UNIT)
     if PDL:
         gdc_wait()
     num_n = tl.cdiv(H, BLOCK_N)
-    pid_m, pid_n = _tile(tl.program_id(0), tl.num_programs(0) // num_n, num_n, GROUP_M)
+    num_m = tl.num_programs(0) // SPLITS // num_n
+    split = tl.program_id(0) % SPLITS
+    pid_m, pid_n = _tile(tl.program_id(0) // SPLITS, num_m, num_n, GROUP_M)
     expert = tl.load(tile_experts_ptr + pid_m)
     if expert < 0:
         return
@@ -320,11 +325,17 @@ def down_kernel(
     routes = tl.load(sorted_routes_ptr + rows)
     row_mask = routes < num_routes
     n = pid_n * BLOCK_N
+    first, end = 0, I
+    if SPLITS > 1:
+        # In whole steps; the last program may have fewer, or none.
+        part = tl.cdiv(tl.cdiv(I, BLOCK_K), SPLITS) * BLOCK_K
+        first = split * part
+        end = tl.minimum(first + part, I)
     a_ptrs = act_ptr + rows.to(tl.int64)[:, None] * stride_am
     act_scale_ptrs = act_scale_ptr
     if act_scale_ptr is not None:
         act_scale_ptrs = row_ptrs(act_scale_ptr, expert, rows, stride_ase, stride_asm)
-    acc = _accumulate(act_desc, a_ptrs, pid_m * BLOCK_M, row_mask, 1, w_desc, w_ptr, expert, n, H, I,
+    acc = _accumulate(act_desc, a_ptrs, pid_m * BLOCK_M, row_mask, 1, w_desc, w_ptr, expert, n, H, I, first, end,
                       stride_we, stride_wn, stride_wk, act_scale_ptrs, stride_asg,
                       (w_scale_ptr, stride_se, stride_sn, stride_sk, w_zero_ptr, stride_ze, stride_zn, stride_zk),
                       BLOCK_M, BLOCK_N, BLOCK_K, False, N_MAJOR, BLOCK_N, EVEN_K, PRECISION, SWAP_AB,
@@ -333,7 +344,10 @@ def down_kernel(
         gdc_launch_dependents()
     columns = n + tl.arange(0, BLOCK_N)
     if bias_ptr is not None:
-        bias = tl.load(bias_ptr + expert.to(tl.int64) * stride_be + columns, mask=columns < H, other=0.0)
+        # Of one part alone.
+        there = columns < tl.where(split == 0, H, 0)
+        bias = tl.load(bias_ptr + expert.to(tl.int64) * stride_be + columns, mask=there, other=0.0)
         acc += bias.to(tl.float32)[None, :]
+    rows += split * num_m * BLOCK_M
     tl.store(rows_ptr + rows.to(tl.int64)[:, None] * stride_rm + columns[None, :], acc.to(rows_ptr.dtype.element_ty),
              mask=row_mask[:, None] & (columns < H)[None, :])  # fmt: skip

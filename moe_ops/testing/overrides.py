@@ -16,6 +16,7 @@ def override(
     path: str | None = None,
     variant: str | None = None,
     config: TileConfig | tuple[TileConfig, TileConfig] | None = None,
+    splits: int | None = None,
 ) -> Iterator[None]:
     """Forces the path, the kernel variant or the tiles of every call in the block, in this thread.
 
@@ -24,6 +25,7 @@ def override(
         variant: as `Plan.variant`.
         config: the tile of both GEMMs, or (up, down). Without a variant it means "sorted", or "direct" where `block_m`
             is 1.
+        splits: as `Plan.splits`, 1 to 64; in variant "sorted" alone.
 
     Raises:
         ValueError: by the calls in the block, where the path or the variant cannot run, or not with these tiles.
@@ -37,7 +39,7 @@ def override(
         'reference'
     """
     up, down = config if isinstance(config, tuple) else (config, config)
-    with dispatch.override(dispatch.Override(path, variant, up, down)):
+    with dispatch.override(dispatch.Override(path, variant, up, down, splits)):
         yield
 
 

@@ -17,6 +17,9 @@ _LARGE_SHARED_MEMORY = 160 * 1024
 
 # Programs a multiprocessor that make numbers of weights, each of four warps; and of mxfp4's down GEMM.
 _PROGRAMS, _PROGRAMS_LONG = 4, 1.5
+# The down GEMM's K is split up to so many rows an expert, below so many programs a multiprocessor, and into parts of so
+# many steps at least.
+_SPLIT_ROWS, _SPLIT_PROGRAMS, _SPLIT_STEPS = 8, 3, 5
 # I up to which the down GEMM's reduction is short, up to which it is over in a few steps, and from which it is long.
 _SHORT_REDUCTION, _FEW_STEPS, _LONG_REDUCTION = 1024, 256, 4096
 # Rows of an expert that are so few row blocks that a group of them has several experts in any case.
@@ -83,6 +86,29 @@ def tile_configs(
         fit(up, device, itemsize, gated=problem.activation.gated, shortest=shortest),
         fit(down, device, itemsize, gated=False, shortest=shortest),
     )
+
+
+def down_splits(problem: Problem, device: Device, down: TileConfig) -> int:
+    """Programs that share a tile of the down GEMM: several where few tokens of packed weights leave the device idle.
+
+    It has fewer columns than the up GEMM and a longer K: a token or a few have too few tiles of it.
+
+    Args:
+        problem: the call, of variant "sorted".
+        device: where it runs.
+        down: its tile.
+
+    Returns:
+        A power of two; 1 for other formats, and where there are tiles enough or steps too few.
+    """
+    if not problem.scheme.packed or expected_rows(problem) > _SPLIT_ROWS or device.kind != "cuda":
+        return 1
+    programs = min(problem.num_routes, problem.num_experts) * -(-problem.hidden_size // down.block_n)
+    steps = -(-problem.intermediate_size // down.block_k)
+    splits = 1
+    while splits * programs < _SPLIT_PROGRAMS * device.num_sms and steps >= 2 * splits * _SPLIT_STEPS:
+        splits *= 2
+    return splits
 
 
 def rows_itemsize(problem: Problem) -> int:

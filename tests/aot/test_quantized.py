@@ -6,6 +6,8 @@ import re
 import pytest
 import torch
 
+from moe_ops.dispatch import make_plan
+from moe_ops.problem import make_problem
 from moe_ops.testing import override
 from tests.amount import in_full, params
 from tests.aot.harness import DEVICES, compile_call
@@ -60,10 +62,14 @@ def test_hopper(name, num_tokens):
 @pytest.mark.parametrize("name", WEIGHTS)
 def test_many_steps(name, num_tokens):
     args = quantized_case(
-        name, torch.bfloat16, num_tokens=num_tokens, hidden=1024, intermediate=1024, experts=8, top_k=2
+        name, torch.bfloat16, num_tokens=num_tokens, hidden=1024, intermediate=1280, experts=8, top_k=2
     )
     with override(variant="sorted"):
         kernels = compile_call(args, 90)
+        # 16 tokens of packed weights have the down GEMM's K in parts.
+        assert (make_plan(make_problem(args), DEVICES[90]).splits > 1) == (
+            num_tokens == 16 and args.w1.dtype == torch.uint8
+        )
     for gemm in ("up_kernel", "down_kernel"):
         assert kernels[gemm].spills == 0, gemm
         made_where_they_are_multiplied(name, kernels[gemm])

@@ -49,6 +49,20 @@ def test_format(name, path, variant, num_tokens, shape):
     assert torch.equal(out, again)
 
 
+@pytest.mark.parametrize("path", ["tma", "classic"])
+@pytest.mark.parametrize("splits", [2, 8])
+@pytest.mark.parametrize("name", ["int4", "int4_zero_points", "mxfp4", "int8_weights"])
+def test_down_gemm_in_parts(name, splits, path):
+    """The last part of K is short, or there is nothing left for it; the bias is added once."""
+    args = quantized_case(name, torch.bfloat16, "cuda", num_tokens=5, bias=True, hidden=288, intermediate=1184)
+    skip_unless_it_runs(args, path, "sorted")
+    with override(path=path, variant="sorted", splits=splits), poisoned_memory():
+        out = run(args)
+        again = run(args)
+    assert_correct(out, args)
+    assert torch.equal(out, again)
+
+
 @DTYPES
 @pytest.mark.parametrize(("name", "option"), with_options())
 def test_option(name, option, dtype):

@@ -5,7 +5,7 @@ import torch
 
 from moe_ops.testing import assert_correct, assert_exact, override, poisoned_memory
 from moe_ops.tuning import TileConfig
-from tests.amount import ALL
+from tests.amount import ALL, params
 from tests.cases import OPTIONS, run
 from tests.quantized import FORMATS, hard_rows, one_hot_case, quantized_case, with_options
 
@@ -27,6 +27,16 @@ def test_format(name, kind):
     args = quantized_case(name, torch.float16, num_tokens=1 if kind == "direct" else 9)
     config = None if ALL or kind != "direct" or name in OWN_TILES else WIDE
     with forced(kind, config), poisoned_memory():
+        out = run(args)
+    assert_correct(out, args)
+
+
+@pytest.mark.parametrize(("name", "splits"), params([("int4_zero_points", 2), ("mxfp4", 4)], [("mxfp4", 4)]))
+def test_down_gemm_in_parts(name, splits):
+    """The last part of K is short, or there is nothing left for it; the bias is added once."""
+    args = quantized_case(name, torch.float16, num_tokens=2, bias=True, hidden=64, intermediate=288)
+    tile = TileConfig(16, 64, 128, swap_ab=True)
+    with override(path="tma", variant="sorted", config=tile, splits=splits), poisoned_memory():
         out = run(args)
     assert_correct(out, args)
 

@@ -205,6 +205,14 @@ def router(logits: Tensor, top_k: int, bias: Tensor | None, options: dict) -> No
     routers.check(weights, ids, logits.contiguous(), top_k, bias, options)
 
 
+def down_gemm_in_parts() -> None:
+    """Parts of K of one step, the third of them short, and one of none."""
+    args = quantized_case("int4", torch.float32, num_tokens=2, bias=True, hidden=64, intermediate=288)
+    with override(path="classic", variant="sorted", splits=4), poisoned_memory():
+        out = run(args)
+    assert_correct(out, args)
+
+
 def router_case(name: str) -> None:
     """A router of tests.routers: ties, NaN, infinities."""
     logits, top_k, bias, options = routers.draw(name, 9)
@@ -326,6 +334,7 @@ CHECKS = {
     **{f"tma {name}": partial(option, name, "tma") for name in SORTED_OPTIONS[:6]},
     **{f"direct {name}": partial(option_without_a_sort, name) for name in DIRECT_OPTIONS},
     "row blocks in groups": more_row_blocks_than_a_group,
+    "down GEMM in parts": down_gemm_in_parts,
     **{
         f"{check.__name__.replace('_', ' ')}, {variant}": partial(check, variant)
         for check in (more_slots_than_a_step, exact, nothing_beside_the_result, offsets_beyond_int32)

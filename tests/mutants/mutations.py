@@ -15,8 +15,9 @@ MUTATIONS = [
         "mask=w_mask[None, :]", "tail of K unmasked in the weights", "classic plain",
     ),
     Mutation(
-        "k_tail_skipped", "grouped_gemm", "for k in range(0, K, BLOCK_K):",
-        "for k in range(0, K - BLOCK_K + 1, BLOCK_K):", "a last step that is not full is not run", "classic plain",
+        "k_tail_skipped", "grouped_gemm", "for k in range(first, end, BLOCK_K):",
+        "for k in range(first, end - BLOCK_K + 1, BLOCK_K):", "a last step that is not full is not run",
+        "classic plain",
     ),
     Mutation(
         "expert_without_offset", "grouped_gemm", "w_ptrs = w_ptr + expert.to(tl.int64) * stride_we + w_rows",
@@ -137,6 +138,18 @@ MUTATIONS = [
     Mutation(
         "unsummed_in_one_slot", "combine", "tl.store(out_ptrs + k.to(tl.int64) * stride_ok,", "tl.store(out_ptrs,",
         "summands overwrite each other", "classic routes_unsummed",
+    ),
+    Mutation(
+        "part_left_out", "combine", "tl.static_range(1, SPLITS)", "tl.static_range(2, SPLITS)",
+        "rows without the second part of K", "down GEMM in parts",
+    ),
+    Mutation(
+        "bias_of_every_part", "grouped_gemm", "columns < tl.where(split == 0, H, 0)", "columns < H",
+        "parts of K add the bias each", "down GEMM in parts", in_full=True,
+    ),
+    Mutation(
+        "parts_overlap", "grouped_gemm", "end = tl.minimum(first + part, I)", "end = I",
+        "a part goes on to the end of K", "down GEMM in parts", in_full=True,
     ),
     Mutation("factor_forgotten", "combine", "(total * factor)", "total", "routed_scaling_factor", "classic scaled"),
     Mutation(

@@ -114,6 +114,6 @@ def part_key(call: Call, tiles: Tiles, part: str) -> str:
     if tiles.variant == "direct":
         facts += [experts, call.tokens]
     form = call.form
-    if form is not None and not form.multiplies_bytes:  # planes depend on both tiles
-        facts += [asdict(tiles.up), asdict(tiles.down)]
+    if form is not None and not form.multiplies_bytes:  # planes depend on both tiles, parts of K on the routes
+        facts += [asdict(tiles.up), asdict(tiles.down), experts, call.tokens]
     return json.dumps(facts)
