@@ -172,7 +172,8 @@ def sum_kernel(
             # Masks compare columns with a bound: the interpreter cannot AND a vector with a scalar condition.
             value = tl.load(back_ptr + row * stride_bn + columns, mask=columns < tl.where(row >= 0, H, 0), other=0.0)
             if scale_ptr is not None:
-                value = value.to(tl.float32) * tl.load(scale_ptr + row * stride_sn, mask=row >= 0, other=0.0)
+                scale = tl.load(scale_ptr + row * stride_sn, mask=row >= 0, other=0.0)
+                value = value.to(tl.float32) * scale
             if own_ptr is not None:
                 value += tl.load(own_ptr + token * stride_wm + columns, mask=columns < tl.where(k == rank, H, 0),
                                  other=0.0)  # fmt: skip

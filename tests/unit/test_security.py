@@ -74,8 +74,10 @@ def test_the_house_forbids_the_rest(source):
 
 
 def _is_int64(node: ast.AST, wide: set[str]) -> bool:
-    """Whether an operand is int64 for sure: a cast, a tensor made so, or a name that stands for one."""
+    """Whether an operand is int64 for sure: a cast, a tensor made so, what has one of them in it, or a name of such."""
     match node:
+        case ast.Call(func=ast.Attribute(attr="where"), args=[_, left, right]):
+            return _is_int64(left, wide) or _is_int64(right, wide)
         case ast.Call(func=ast.Attribute(attr="to"), args=[dtype]):
             return dotted(dtype).endswith(".int64")
         case ast.Call(args=[*_, dtype]):
@@ -84,7 +86,7 @@ def _is_int64(node: ast.AST, wide: set[str]) -> bool:
             return name in wide
         case ast.Subscript(value=value):
             return _is_int64(value, wide)
-        case ast.BinOp(left=left, right=right, op=ast.Add() | ast.Sub()):
+        case ast.BinOp(left=left, right=right, op=ast.Add() | ast.Sub() | ast.Mult()):
             return _is_int64(left, wide) or _is_int64(right, wide)
     return False
 
@@ -102,7 +104,11 @@ def _wide_names(function: ast.FunctionDef) -> set[str]:
                         values.setdefault(dotted(name), []).append(value)
         elif isinstance(node, ast.For):
             values.setdefault(dotted(node.target), []).append(node.iter)
-    return {name for name, all_values in values.items() if all(_is_int64(value, set()) for value in all_values)}
+    wide, before = set(), None
+    while wide != before:  # a sum of wide names is wide too
+        before = wide
+        wide = {name for name, all_values in values.items() if all(_is_int64(value, wide) for value in all_values)}
+    return wide
 
 
 def _names_stride(node: ast.AST) -> bool:
