@@ -57,4 +57,5 @@ def test_halves_compile(arch):
     kernels = compiled_for(arch, lambda: halve_rows(partial, 128, 128))
     kernels |= compiled_for(arch, lambda: sum_ranks(partial, back, 1, torch.bfloat16))
     assert {"halve_kernel", "sum_kernel"} == set(kernels)
-    assert all(kernel.spills == 0 and "v4.b32" in kernel.ptx for kernel in kernels.values())
+    for kernel in kernels.values():
+        assert kernel.spills == 0 and kernel.count("global.v4.b32") and not kernel.count("global.b16"), kernel
