@@ -1,6 +1,7 @@
 """An example, run and written down: python benchmarks/demo.py [--json FILE] examples/generate.py [ITS OPTIONS]
 
-The record has what it printed, and how long it took; there is none if it fails.
+The record has what it printed, with files named from the checkout's root, and how long it took; there is none if it
+fails.
 """
 
 import argparse
@@ -27,7 +28,8 @@ def main() -> int:
     print(done.stdout)
     if done.returncode == 0:
         seconds = round(time.monotonic() - start, 1)
-        write(options.json, head(example=options.example, seconds=seconds, printed=done.stdout.splitlines()))
+        printed = done.stdout.replace(f"{ROOT}/", "").splitlines()
+        write(options.json, head(example=options.example, seconds=seconds, printed=printed))
     return done.returncode
 
 

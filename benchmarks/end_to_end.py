@@ -28,18 +28,15 @@ from pathlib import Path
 import torch
 import transformers
 import triton
+from model_tables import IMPLEMENTATIONS, ROUTERS, RUNS, model_table
 from torch import Tensor
 
 import moe_ops.integrations.transformers as integration
 from examples.serve_block import SIZES, SMALL, Decoder, capture, make_model
 
-OURS, ROUTERS = integration.NAME, "moe_ops + routers"
-THEIRS = ("eager", "grouped_mm", "batched_mm")
-IMPLEMENTATIONS = (*THEIRS, OURS, ROUTERS)
 # Of a result's row from grouped_mm's. The one in the middle counts: a router that hesitates between two experts may
 # take the other one after a different rounding, or at equal logits.
 TOLERANCE = 2e-2
-RUNS = {"as-is": "as it is", "compiled": "compiled, CUDA graph"}
 NOT_COMPILED = "its loop over experts looks at the ids on the host, so there is no whole graph"
 COPIES = "it would copy {:.0f} GB of weights, those of every route"
 
@@ -87,7 +84,7 @@ class Model:
         """Takes an implementation for what is called or compiled next."""
         for block, router in zip(self.blocks, self.fused if name == ROUTERS else self.routers, strict=True):
             block.gate = router
-        self.whole.set_experts_implementation(OURS if name == ROUTERS else name)
+        self.whole.set_experts_implementation(integration.NAME if name == ROUTERS else name)
 
     def inputs_of_blocks(self, call: Callable[[], object]) -> list[Tensor]:
         """The hidden states that a call of the model gives to each block."""
@@ -246,62 +243,12 @@ def earlier(file: str, facts: dict) -> list[dict]:
     return record["cells"] if {**record, "cells": None} == {**facts, "cells": None} else []
 
 
-def best(cell: dict, part: str) -> tuple[str, float]:
-    """The fastest implementation of transformers, and its milliseconds."""
-    return min(((name, ms) for name, ms in cell[part].items() if name in THEIRS), key=lambda pair: pair[1])
-
-
-def report(records: list[dict]) -> Iterator[str]:
-    """The tables."""
-    facts = (
-        "{device}, torch {torch}, triton {triton}, transformers {transformers}, {date}, {dtype}; {layers} of 48 layers"
-    )
-    facts += ", {vocabulary} words, {context} tokens in the cache.\n"
-    yield from dict.fromkeys(facts.format(**record) for record in records)
-    cells = {
-        (cell["workload"], cell["tokens"], cell["compiled"]): cell for record in records for cell in record["cells"]
-    }
-    cells = cells.values()
-    yield "Tokens per second.\n"
-    columns = [*IMPLEMENTATIONS, "moe_ops / theirs", "+ routers / theirs"]
-    yield f"| workload | run | {' | '.join(columns)} |\n|{' --- |' * (len(columns) + 2)}"
-    for cell in cells:
-        row = [_title(cell), RUNS["compiled" if cell["compiled"] else "as-is"]]
-        row += [_number(cell["tokens"] * 1e3, cell["step"].get(name), ".0f") for name in IMPLEMENTATIONS]
-        row += [_number(best(cell, "step")[1], cell["step"].get(name), ".2f") for name in (OURS, ROUTERS)]
-        yield f"| {' | '.join(row)} |"
-    yield "\nWhere the time of a compiled step goes, in ms; *theirs* is transformers' fastest.\n"
-    columns = ["theirs", "their blocks", "moe_ops", "its blocks", "+ routers", "its blocks", "outside", "blocks"]
-    columns += ["blocks, + routers", "if blocks took no time"]
-    yield f"| workload | {' | '.join(columns)} |\n|{' --- |' * (len(columns) + 1)}"
-    for cell in cells:
-        if not cell["compiled"]:
-            continue
-        (name, step), blocks = best(cell, "step"), cell["blocks"]
-        row = [_title(cell), f"{step:.3f} {name}", f"{blocks[name]:.3f}"]
-        for ours in (OURS, ROUTERS):
-            row += [f"{cell['step'][ours]:.3f}", f"{blocks[ours]:.3f}"]
-        outside = cell["step"][OURS] - blocks[OURS]
-        row += [f"{outside:.3f}", *(f"{blocks[name] / blocks[ours]:.2f}x" for ours in (OURS, ROUTERS))]
-        yield f"| {' | '.join([*row, f'{step / outside:.2f}x'])} |"
-    reasons = {(name, reason): None for cell in cells for name, reason in cell["left_out"].items()}
-    yield from (f"\nA dash for {name}: {reason}." for name, reason in reasons)
-
-
-def _title(cell: dict) -> str:
-    return f"{cell['workload']}, {'batch ' if cell['workload'] == 'decode' else ''}{cell['tokens']}"
-
-
-def _number(numerator: float, milliseconds: float | None, form: str) -> str:
-    return "-" if milliseconds is None else format(numerator / milliseconds, form)
-
-
 def main() -> None:
     """Runs the command."""
     args = parse_args()
     records = [json.loads(Path(file).read_text()) for file in args.report] if args.report else [run(args)]
     if set(args.implementations) == set(IMPLEMENTATIONS):
-        print(*report(records), sep="\n")
+        print(*model_table(*records), sep="\n")
 
 
 if __name__ == "__main__":

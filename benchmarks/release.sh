@@ -68,7 +68,7 @@ step() {
     [[ -z $only || ,$only, == *,$name,* ]] || return 0
     local result=$folder/$prefix-$name.json partial=$folder/$prefix-$name.partial.json log=$folder/$prefix-$name.log
     if ((dry)); then
-        printf '%-16s %4d s  %s\n' "$name" "$limit" "${*//RESULT/$result}"
+        printf '%-18s %4d s  %s\n' "$name" "$limit" "${*//RESULT/$result}"
         return 0
     fi
     if [[ -s $result ]]; then
@@ -100,18 +100,21 @@ step() {
 }
 
 note() {
-    report+=("$(printf '%-16s %s' "$1" "$2")")
+    report+=("$(printf '%-18s %s' "$1" "$2")")
     echo "    $1: $2"
 }
 
 ((dry)) || mkdir -p "$folder" || die "$folder is no folder and cannot be made"
 bench=("$PYTHON" -m moe_ops bench --json RESULT --rounds 7)
 few=(--shape mixtral-8x7b --shape gpt-oss-20b --tokens 1,4,16,64,256,2048)
-rounds=(--rounds 7) host=() model=() ranks=() skew=(--tokens "256,4096") topk=() proof=(--seconds 150) demo=(examples/generate.py)
+rounds=(--rounds 7) host=() model=() ranks=() skew=(--tokens "256,4096") topk=() proof=(--seconds 150)
+demo=(examples/generate.py --seconds 20) tiles=(--common --variant heuristic --variant tuned)
+peers=benchmarks/results/2026-11-22-h200-peers
 if ((quick)); then
     tiny=(--shape 8,2,256,128 --tokens "1,64")
     bench=("$PYTHON" -m moe_ops bench --json RESULT --rounds 2 "${tiny[@]}")
-    few=() skew=() rounds=(--rounds 2 --tokens 64) host=(--rounds 2 --repeats 20) topk=(--rounds 2 --tokens 1 64)
+    few=() skew=() tiles=(--variant heuristic --variant tuned) demo=(examples/generate.py)
+    rounds=(--rounds 2 --tokens 64) host=(--rounds 2 --repeats 20) topk=(--rounds 2 --tokens 1 64)
     proof=(--device cpu --seconds 60) model=(--small --run as-is --batch 1 --rounds 2)
     ranks=(--shapes tiny --tokens 4 --rounds 1)
     export MOE_OPS_EXAMPLE_QUICK=1
@@ -130,9 +133,9 @@ step int8-channel 60 1 "${bench[@]}" --format int8_channel --variant tma "${few[
 step eager-bf16 45 1 "${bench[@]}" --eager --tokens 1
 step host-cost 30 0 "$PYTHON" benchmarks/host_cost.py --json RESULT "${host[@]}"
 step topk-route 45 1 "$PYTHON" benchmarks/topk_route.py --json RESULT "${topk[@]}"
-tiles=(--common --variant heuristic --variant tuned --recorded benchmarks/results/2026-11-22-h200-peers-bf16.json)
-((quick)) && tiles=(--variant heuristic --variant tuned)
-step tiles-bf16 90 1 "${bench[@]}" "${tiles[@]}"
+step tiles-bf16 90 1 "${bench[@]}" "${tiles[@]}" --recorded "$peers-bf16.json"
+step tiles-fp8-block 75 1 "${bench[@]}" --format fp8_block "${tiles[@]}" --recorded "$peers-fp8-block.json"
+step tiles-fp8-channel 75 1 "${bench[@]}" --format fp8_channel "${tiles[@]}" --recorded "$peers-fp8.json"
 step in-step 60 1 "$PYTHON" benchmarks/in_step.py --json RESULT "${rounds[@]}"
 step in-step-fp8 60 1 "$PYTHON" benchmarks/in_step.py --json RESULT --format fp8_block "${rounds[@]}"
 [[ ! -f benchmarks/end_to_end.py ]] || step end-to-end 240 $((1 - quick)) "$PYTHON" benchmarks/end_to_end.py --resume --json RESULT "${model[@]}"

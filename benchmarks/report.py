@@ -3,7 +3,7 @@
     python benchmarks/report.py OURS PEERS            the whole op beside the best recorded peer
     python benchmarks/report.py stages OURS           each stage alone
     python benchmarks/report.py skew OURS [OURS ...]  each routing beside the uniform one
-    python benchmarks/report.py tiles OURS            heuristic, tuned and best recorded peer, of a run with all three
+    python benchmarks/report.py tiles OURS [PEERS]    heuristic's tiles, tuned ones and best recorded peer
     python benchmarks/report.py plot OURS DIR [PEERS] the plots of `bench --plot`
     python benchmarks/report.py picture OURS PEERS FILE  latency over M beside every recorded peer
     python benchmarks/report.py docs [PREFIX]         every table and picture of the docs, again
@@ -22,7 +22,8 @@ from pathlib import Path
 
 import result_pages
 from result_picture import draw
-from result_tables import peers_table, skew_table, stages_table, tiles_table
+from result_tables import peers_table, skew_table, stages_table
+from tile_tables import tiles_table
 
 from moe_ops.cli import plots
 from moe_ops.cli.recorded import beside, check_recorded, load_peers
@@ -35,8 +36,8 @@ def main(arguments: list[str]) -> None:
             lines = stages_table(_load(ours))
         case ["skew", *files] if files:
             lines = skew_table([_load(file) for file in files])
-        case ["tiles", ours]:
-            lines = tiles_table(_load(ours))
+        case ["tiles", ours, *peers] if len(peers) < 2:
+            lines = tiles_table(*_pair(_load(ours), *peers)) if peers else tiles_table(_load(ours))
         case ["plot", ours, folder, *peers] if len(peers) < 2:
             record, recorded = _pair(_load(ours), *peers) if peers else (_load(ours), None)
             for cell in record["cells"] if recorded else ():

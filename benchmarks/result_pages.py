@@ -17,7 +17,9 @@ from pathlib import Path
 
 import rank_tables
 import result_tables as tables
+from model_tables import model_table
 from result_picture import caption, draw
+from tile_tables import tiles_table
 
 from moe_ops.cli import plots
 from moe_ops.cli.recorded import beside
@@ -38,13 +40,15 @@ KINDS: dict[str, Callable[..., Iterable[str]]] = {
     "peers": tables.peers_table,
     "stages": lambda ours: tables.stages_table(ours, "tma"),
     "skew": lambda ours: tables.skew_table([ours]),
-    "tiles": tables.tiles_table,
+    "tiles": tiles_table,
     "gains": lambda ours: ["![What tuned tiles gain over the heuristic's](images/bench-tiles.png)"],
     "eager": tables.eager_table,
     "weights": tables.weights_table,
     "rows": tables.rows_table,
     "cpu": tables.cpu_table,
+    "model": model_table,
     "proof": tables.proof_lines,
+    "demo": tables.demo_lines,
     "network": rank_tables.network_table,
     "ranks": rank_tables.ranks_table,
     "host": rank_tables.host_table,

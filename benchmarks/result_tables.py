@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 
 from moe_ops.cli import plots
 from moe_ops.cli.recorded import beside
-from moe_ops.cli.table import fastest_path, tiles
+from moe_ops.cli.table import fastest_path
 
 Row = Iterable[object]
 
@@ -39,33 +39,6 @@ def peers_table(ours: dict, peers: dict) -> Iterator[str]:
             yield f"\nGeometric mean of the {name} factors: {mean:.3f}; ahead in {ahead} of {len(values)} cells."
     if behind:
         yield "\n" + filled(f"Behind, scaled: {', '.join(behind)}.")
-
-
-def tiles_table(ours: dict) -> Iterator[str]:
-    """The heuristic's tiles, tuned ones and the best recorded peer, where there is one; and what all calls come to."""
-    rows, factors = [], {"heuristic": [], "tuned": []}
-    for cell in ours["cells"]:
-        if not (best := cell.get("recorded")):
-            continue
-        times = [cell["ms"][name] for name in factors]
-        for values, time in zip(factors.values(), times, strict=True):
-            values.append(best["scaled_ms"] / time)
-        row = [cell["shape"], cell["tokens"], *(f"{time:.4f}" for time in times), f"{times[0] / times[1]:.3f}"]
-        row += [
-            cell["paths"]["tuned"]["tiles"],
-            f"{best['scaled_ms']:.4f} {best['name']}",
-            f"{factors['tuned'][-1]:.3f}",
-        ]
-        rows.append(row)
-    yield from head(ours)
-    columns = ["shape", "M", "heuristic ms", "tuned ms", "heuristic / tuned", "tuned tiles"]
-    yield from table([*columns, "best recorded peer, scaled ms", "over tuned"], rows)
-    for name, values in factors.items():
-        mean = math.exp(sum(map(math.log, values)) / len(values)) if values else math.nan
-        ahead = sum(value > 1 for value in values)
-        yield f"\nThe peer over {name}, geometric mean: {mean:.3f}; ahead in {ahead} of {len(values)} cells."
-    for line in tiles(ours["cells"]):
-        yield "\n" + filled(f"All {len(ours['cells'])} cells: {line}.")
 
 
 def stages_table(ours: dict, only: str | None = None) -> Iterator[str]:
@@ -169,6 +142,12 @@ def proof_lines(record: dict) -> Iterator[str]:
     counts = ", ".join(f"{number} {name}" for name, number in record["counts"].items())
     end = "to the last one" if record["finished"] else "as far as the time went"
     yield filled(f"{head(record)[0]} {counts}, in {record['seconds']} s, {end}.")
+
+
+def demo_lines(record: dict) -> Iterator[str]:
+    """What an example printed."""
+    yield f"`python {' '.join(record['example'])}`, {record['seconds']:.0f} s: {head(record)[0]}"
+    yield from ("", "```text", *record["printed"], "```")
 
 
 def _key(cell: dict) -> tuple[str, int]:

@@ -126,7 +126,9 @@ def _tiles_figure(record: dict, pairs: dict[tuple[str, int], dict]):
     image = axes.imshow(gains, cmap="cividis", vmin=0, vmax=_MOST_GAIN, aspect="auto")
     axes.set_xticks(range(len(tokens)), [str(count) for count in tokens])
     axes.set_yticks(range(len(shapes)), shapes)
-    axes.set_xlabel("M, tokens. Bold: a table has other tiles than the heuristic; elsewhere the difference is noise")
+    axes.set_xlabel(
+        "M, tokens. Bold: tiles of a table; elsewhere both times are of the heuristic's, and differ by noise"
+    )
     figure.colorbar(image, label="% that the heuristic's tiles take longer", extend="max")
     figure.suptitle(f"The heuristic's tiles beside tuned ones, {_head(record)}", fontsize=10)
     return figure

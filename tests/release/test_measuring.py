@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from moe_ops.cli import make_parser
+from moe_ops.cli.recorded import check_recorded, load_peers
 from tests.checkout import ROOT
 
 SCRIPT = ROOT / "benchmarks" / "release.sh"
@@ -55,14 +56,15 @@ def test_steps_are_commands_that_can_be_parsed(run):
     found = steps(run)
     assert not run.calls.exists()
     assert {"whole-op-bf16", "fp8-block", "fp8-channel", "int4", "mxfp4", "int8-weights", "skew-bf16", "eager-bf16",
-            "host-cost", "topk-route", "proof", "demo"} <= {name for name, _, _ in found}  # fmt: skip
+            "host-cost", "topk-route", "tiles-bf16", "tiles-fp8-block", "tiles-fp8-channel", "end-to-end", "proof",
+            "demo"} <= {name for name, _, _ in found}  # fmt: skip
     for name, limit, (_, *words) in found:
         assert 0 < limit <= 300, name
         assert words[words.index("--json") + 1].endswith(f"-{name}.json")
         if words[:2] == ["-m", "moe_ops"]:
             make_parser().parse_args(words[2:])
         else:
-            text = (ROOT / words[0]).read_text()
+            text = "".join((ROOT / word).read_text() for word in words if word.endswith(".py"))
             assert all(f'"{word}"' in text for word in words if word.startswith("--")), name
 
 
@@ -131,10 +133,35 @@ def test_wrong_arguments(run, arguments, words):
     assert done.returncode == 2 and words in done.stderr
 
 
+def test_peers_are_of_the_format_that_is_measured(run):
+    """A step beside recorded peers would end before it begins if they were of another one."""
+    beside = 0
+    for name, _, words in steps(run):
+        if "--recorded" in words:
+            file = words[words.index("--recorded") + 1]
+            form = words[words.index("--format") + 1] if "--format" in words else "none"
+            check_recorded(load_peers(ROOT / file), name, "bfloat16", form)
+            beside += 1
+    assert beside == 3
+
+
+def test_files_of_a_demo_are_named_from_the_root(monkeypatch, tmp_path, capsys):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import demo
+
+    example, file = tmp_path / "example.py", tmp_path / "demo.json"
+    example.write_text(f"print('weights: {ROOT}/.cache/one')")
+    monkeypatch.setattr("sys.argv", ["demo.py", "--json", str(file), str(example)])
+    assert demo.main() == 0 and str(ROOT) in capsys.readouterr().out
+    assert json.loads(file.read_text())["printed"] == ["weights: .cache/one"]
+
+
 def test_results_are_whole():
-    """Every recorded file says on what, with what and when."""
+    """Every recorded file says on what, with what and when, and names no folder of the machine."""
     for file in sorted((ROOT / "benchmarks" / "results").glob("*.json")):
-        record = json.loads(file.read_text())
+        text = file.read_text()
+        assert str(ROOT) not in text and "/home/" not in text, file.name
+        record = json.loads(text)
         facts = record.get("environment", record)
         assert {"torch", "date"} <= set(facts), file.name
         assert re.match(r"\d{4}-\d\d-\d\d", facts["date"]) and (facts.get("device") or facts.get("cpu")), file.name

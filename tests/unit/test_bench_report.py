@@ -220,6 +220,28 @@ def test_behind_is_said(tables):
     assert re.fullmatch(r"Behind, scaled: gpt-oss-20b at 16384 \(0\.7\d\d\)\.", " ".join(behind.split()))
 
 
+def test_tables_of_a_whole_model(report):
+    def record(date: str, *cells: dict) -> dict:
+        facts = {"transformers": "5", "layers": 4, "vocabulary": 99, "context": 256}
+        return HEAD | facts | {"date": date, "cells": list(cells)}
+
+    eager = {"workload": "decode", "tokens": 16, "compiled": False, "blocks": {}, "left_out": {"batched_mm": "too big"}}
+    eager["step"] = {"eager": 4.0, "grouped_mm": 2.0, "moe_ops": 1.0, "moe_ops + routers": 0.5}
+    compiled = eager | {"compiled": True, "left_out": {"eager": "no graph"}}
+    compiled["blocks"] = {"grouped_mm": 1.0, "moe_ops": 0.5, "moe_ops + routers": 0.25}
+    model_table = importlib.import_module("model_tables").model_table
+    lines = list(model_table(record("one day", eager, compiled | {"step": {}}), record("another", compiled)))
+    assert "one day, float16; 4 of 48 layers, 99 words, 256 tokens in the cache." in " ".join(lines[0].split())
+    speeds, shares = [[line for line in lines if line.startswith(f"| {word}")] for word in ("workload", "decode")]
+    assert len(speeds) == 2 and shares == [
+        "| decode, batch 16 | as it is | 4000 | 8000 | - | 16000 | 32000 | 2.00 | 4.00 |",
+        "| decode, batch 16 | compiled, CUDA graph | 4000 | 8000 | - | 16000 | 32000 | 2.00 | 4.00 |",
+        "| decode, batch 16 | 2.000 grouped_mm | 1.000 | 1.000 | 0.500 | 0.500 | 0.250 | 0.500 | 2.00x | 4.00x | 4.00x |",  # noqa: E501
+    ]
+    assert lines[-2:] == ["\nA dash for batched_mm: too big.", "\nA dash for eager: no graph."]
+    assert not any("Where the time" in line for line in model_table(record("one day", eager)))
+
+
 # The docs.
 
 
