@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.distributed.fault_cases import DEATH_TIMEOUT, RAISED, RETURNED
+from tests.distributed.fault_cases import FAULT_TIMEOUT, LATE, RAISED, RETURNED
 from tests.distributed.ranks import run_cases, run_processes
 from tests.shared import made_once
 
@@ -38,19 +38,20 @@ pytestmark = [
 
 
 def run_all(folder):
-    """Every run, and a rank that dies: once with torch's watchdog, once with waits that block."""
-    with ThreadPoolExecutor(len(RUNS) + 2) as pool:
+    """Every run, and a rank that dies or sleeps: once with torch's watchdog, once with waits that block."""
+    with ThreadPoolExecutor(len(RUNS) + 4) as pool:
         env = {"TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC": str(DUMP_WAIT)}
-        dying = {
-            blocking: pool.submit(
-                run_processes, MODULE, ["dead_rank_nccl"], 2, "nccl", env | {"TORCH_NCCL_BLOCKING_WAIT": blocking}
+        faults = {
+            f"{case} {blocking}": pool.submit(
+                run_processes, MODULE, [f"{case}_nccl"], 2, "nccl", env | {"TORCH_NCCL_BLOCKING_WAIT": blocking}
             )
+            for case in ("dead_rank", "slow_rank")
             for blocking in ("0", "1")
         }
         running = [pool.submit(run_cases, MODULE, list(names), 2, "nccl") for names in RUNS]
         results = {name: texts for run in running for name, texts in run.result().items()}
-        dead = {blocking: run.result()[1] for blocking, run in dying.items()}
-    Path(folder, "results.json").write_text(json.dumps({"cases": results, "dead": dead}))
+        ends = {name: run.result() for name, run in faults.items()}
+    Path(folder, "results.json").write_text(json.dumps({"cases": results, "faults": ends}))
 
 
 @pytest.fixture(scope="module")
@@ -65,20 +66,32 @@ def test_case(name, results):
         assert not text, f"rank {rank}:\n{text}"
 
 
-@pytest.mark.parametrize(
-    ("blocking", "message"),
-    [
-        ("0", r"Watchdog caught collective operation timeout: WorkNCCL\(.*OpType=ALLTOALL"),
-        (
-            "1",
-            r"RuntimeError: the all-to-all of the sizes failed on rank 1 of 2: .*OpType=ALLTOALL.*; a rank .* has died",
-        ),
-    ],
-)
-def test_dead_rank(blocking, message, results):
-    """The other ends within the group's timeout, and says at what."""
-    code, log, ended = results["dead"][blocking]
+# What a rank says that waits for another: with torch's watchdog, and where the host waits.
+ENDS = [
+    ("0", r"Watchdog caught collective operation timeout: WorkNCCL\(.*OpType=ALLTOALL"),
+    ("1", r"RuntimeError: the all-to-all of the sizes failed on rank 1 of 2: .*OpType=ALLTOALL.*; a rank .* has died"),
+]
+
+
+def ended(blocking, code, log, when):
+    """Seconds from the begin of the last call to the end of a process, which got an error or was ended by torch."""
     begun = re.search(r"the last call begins ([\d.]+)", log)
-    ended_by_itself = code == RAISED if blocking == "1" else code not in (None, 0, RAISED, RETURNED)
-    assert begun and ended_by_itself and re.search(message, log), (code, log[-3000:])
-    assert DEATH_TIMEOUT - 1 < ended - float(begun[1]) < DEATH_TIMEOUT + GRACE
+    by_itself = code == RAISED if blocking == "1" else code not in (None, 0, RAISED, RETURNED)
+    assert begun and by_itself, (code, log[-3000:])
+    return when - float(begun[1])
+
+
+@pytest.mark.parametrize(("blocking", "message"), ENDS)
+@pytest.mark.parametrize("case", ["dead_rank", "slow_rank"])
+def test_waiting_rank(case, blocking, message, results):
+    """The other ends within the group's timeout, and says at what, whether a rank has died or sleeps."""
+    code, log, when = results["faults"][f"{case} {blocking}"][1]
+    assert FAULT_TIMEOUT - 1 < ended(blocking, code, log, when) < FAULT_TIMEOUT + GRACE
+    assert re.search(message, log), log[-3000:]
+
+
+@pytest.mark.parametrize("blocking", ["0", "1"])
+def test_slow_rank(blocking, results):
+    """The rank that slept finds no group any more, and ends by the same timeout at the latest."""
+    code, log, when = results["faults"][f"slow_rank {blocking}"][0]
+    assert ended(blocking, code, log, when) < LATE + FAULT_TIMEOUT + GRACE
