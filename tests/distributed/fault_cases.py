@@ -11,8 +11,10 @@ from moe_ops.distributed import ExpertParallel
 from tests.distributed.calls import Cases, check, draw, of_experts, of_rank
 
 CASES = Cases()
-# Seconds that a group waits for a rank that is gone; exit statuses of a rank that got an error, or none.
-DEATH_TIMEOUT, RAISED, RETURNED = 8, 3, 4
+# Seconds that a group waits for a rank that is gone or sleeps, and that this one sleeps.
+FAULT_TIMEOUT, LATE = 5, 8
+# Exit statuses of a rank that got an error, the right result, or another.
+RAISED, RETURNED, WRONG = 3, 4, 5
 
 
 @CASES
@@ -58,23 +60,56 @@ def dead_rank(me):
 
 
 @CASES
-def dead_rank_nccl(me):
-    """Rank 0 goes, and what becomes of the other is seen from outside; it alone has a group of a short timeout."""
+def slow_rank(me):
+    """A rank that comes after the group's timeout finds no group any more: all ranks raise, and none waits for ever."""
+    timeout = 3
+    ep = ExpertParallel(dist.new_group(timeout=datetime.timedelta(seconds=timeout)), 5, way="alltoall")
+    positional, named = of_experts(of_rank(draw(me, [3] * me.size), [3] * me.size, me.rank), ep.local_experts)
+    ep.fused_moe(*positional, **named)
+    if me.rank == 0:
+        time.sleep(timeout + 1)
+    start = time.monotonic()
+    try:
+        ep.fused_moe(*positional, **named)
+    except RuntimeError as error:
+        assert "failed on rank" in str(error) and "slower than the group's timeout" in str(error), error
+    else:
+        raise AssertionError("no error")
+    assert time.monotonic() - start < 10
+    me.agreed("slow_rank done", True)
+
+
+def _outlive(me, late):
+    """One more call, to which rank 0 comes too late or (None) never; what becomes of each is seen from outside."""
     counts = [3] * me.size
     args = draw(me, counts)
     check(me, args, counts, way="alltoall")  # compiles
-    ep = ExpertParallel(dist.new_group(timeout=datetime.timedelta(seconds=DEATH_TIMEOUT)), 5, way="alltoall")
+    ep = ExpertParallel(dist.new_group(timeout=datetime.timedelta(seconds=FAULT_TIMEOUT)), 5, way="alltoall")
     positional, named = of_experts(of_rank(args, counts, me.rank), ep.local_experts)
-    ep.fused_moe(*positional, **named)
+    expected = ep.fused_moe(*positional, **named)
     torch.cuda.synchronize()
     me.agreed("the last call begins", True)
-    if me.rank == 0:
-        os._exit(0)
     print("the last call begins", time.time(), flush=True)
+    if me.rank == 0:
+        if late is None:
+            os._exit(0)
+        time.sleep(late)
+        print("rank 0 comes", flush=True)
     try:
-        ep.fused_moe(*positional, **named)
-        torch.cuda.synchronize()
+        right = torch.equal(ep.fused_moe(*positional, **named), expected)
     except RuntimeError as error:
         print(f"RuntimeError: {error}", flush=True)
         os._exit(RAISED)
-    os._exit(RETURNED)
+    os._exit(RETURNED if right else WRONG)
+
+
+@CASES
+def dead_rank_nccl(me):
+    """Rank 0 goes; the other alone has a group of a short timeout."""
+    _outlive(me, None)
+
+
+@CASES
+def slow_rank_nccl(me):
+    """Rank 0 comes when the timeout of the other is over."""
+    _outlive(me, LATE)

@@ -15,6 +15,8 @@ import traceback
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
+# torch's watchdog gives all ranks four times so many milliseconds to write down what they ran, and ends the process.
+DUMP_WAIT = 500
 # Seconds: of the group, after which a collective without a partner fails (kernels compile meanwhile on a GPU), and of
 # a whole run.
 GROUP_TIMEOUT, RUN_TIMEOUT = {"gloo": 20, "nccl": 90}, 500
@@ -39,7 +41,7 @@ def run_processes(
     env = {
         **os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "NCCL_NVLS_ENABLE": "0",
         "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1", "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1",
-        "GLOO_SOCKET_IFNAME": "lo", **(env or {}),
+        "GLOO_SOCKET_IFNAME": "lo", "TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC": str(DUMP_WAIT), **(env or {}),
     }  # fmt: skip
     if backend == "nccl":  # whose runs stand side by side, each with a pool of compilers as large as the machine
         env["TORCHINDUCTOR_COMPILE_THREADS"] = "1"

@@ -10,7 +10,7 @@ pytestmark = pytest.mark.skipif(not dist.is_available(), reason="this torch has 
 
 EVERYWHERE = ("ways", "no_tokens", "placements", "capacity_on_one_rank", "meshes", "disagreements")
 ON_TWO = ("hostile_ids", "routings", "options", "exact", "repeated", "formats", "payload_bytes", "rounded_partial_sums",
-          "halved_partial_sums", "capacity", "layers", "traced", "wrong_on_one_rank")  # fmt: skip
+          "halved_partial_sums", "capacity", "layers", "traced", "wrong_on_one_rank", "slow_rank")  # fmt: skip
 IN_FULL = {2: ("all_formats", "compiled", "compiled_layer", "beside_fsdp"), 4: (*ON_TWO, "beside_fsdp")}
 # Ends its run.
 LAST = ("dead_rank",)
