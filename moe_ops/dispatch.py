@@ -15,6 +15,7 @@ from moe_ops.devices import Device
 from moe_ops.problem import PATHS, Problem
 from moe_ops.quantization.scheme import GROUP
 from moe_ops.tuning import (
+    SPLIT_VARIANTS,
     VARIANTS,
     TileConfig,
     choose_variant,
@@ -41,8 +42,8 @@ class Plan:
         path: "tma", "classic", "cpu" or "reference".
         reason: why this path, in words.
         variant: "direct" (no sort, matrix-vector products of each route), "sorted", "pingpong" (sorted, with the
-            warp-specialised GEMMs), "blockscaled" (the same for fp8 with a scale per block); "" on the paths without
-            kernels.
+            warp-specialised GEMMs), "blockscaled" (the same for fp8 with a scale per block), "packed" (sorted,
+            with GEMMs for packed weights and few rows an expert); "" on the paths without kernels.
         dependent_launch: each kernel may start while the one before it finishes.
         up: tile of the up GEMM; None on the paths without tiles.
         down: tile of the down GEMM; None on the paths without tiles.
@@ -50,7 +51,7 @@ class Plan:
         num_sms: the device's multiprocessors, for persistent kernels.
         planes: weights in one element of what is stored, as the kernels of "sorted" read it; those of a row with one
             remainder by it are together in its activations, in planes.
-        splits: programs that share a tile of the down GEMM in "sorted", each with a part of K.
+        splits: programs that share a tile of the down GEMM in "sorted" and "packed", each with a part of K.
         workspace_bytes: device memory taken beside the result.
         source: where the tiles come from: "heuristic", "forced", or the file that they were read from; "" on the paths
             without tiles.
@@ -164,9 +165,9 @@ def make_plan(problem: Problem, device: Device) -> Plan:
         max_tiles = routing.max_row_blocks(problem.num_routes, problem.num_experts, up.block_m)
     dependent_launch = device.capability is not None and device.capability >= (9, 0) and not device.interpreted
     planes = _planes(problem, variant, up, down)
-    splits = 1 if invariant or variant != "sorted" else down_splits(problem, device, down)
+    splits = 1 if invariant else down_splits(problem, device, variant, down)
     if forced is not None and forced.splits is not None:
-        if variant != "sorted":
+        if variant not in SPLIT_VARIANTS:
             raise ValueError(f"splits is {forced.splits}, but variant is {variant!r}; pass variant='sorted' too")
         splits = forced.splits
     plan = Plan(
@@ -183,7 +184,7 @@ def _variant_of(tile: TileConfig | None) -> str:
 def _planes(problem: Problem, variant: str, up: TileConfig, down: TileConfig) -> int:
     """As `Plan.planes`: two bytes at once where the weights' layout has them and the tiles' steps are long enough."""
     scheme = problem.scheme
-    if variant not in ("direct", "sorted") or not scheme.weights_only:
+    if variant not in ("direct", "sorted", "packed") or not scheme.weights_only:
         return 1
     planes = 2 * scheme.planes
     strides = problem.w1_strides, problem.w2_strides

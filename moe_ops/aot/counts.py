@@ -114,6 +114,9 @@ class Count:
     def __rtruediv__(self, other):
         return self._compute(operator.truediv, None, other, self)
 
+    def __rpow__(self, other):
+        return self._compute(operator.pow, None, other, self)
+
     def __or__(self, other):
         return self._compute(operator.or_, None, self, other)
 

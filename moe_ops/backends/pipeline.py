@@ -202,9 +202,25 @@ def _blockscaled_down(args, problem: Problem, plan: Plan, _, routing: Routing, p
     blockscaled.down(args, problem, plan, routing, progress[1], act, rows)
 
 
-# By variant; Gluon, which two of them need, may be absent.
-_UP = {"sorted": _up, "pingpong": _pingpong_up, "blockscaled": _blockscaled_up}
-_DOWN = {"sorted": _down, "pingpong": _pingpong_down, "blockscaled": _blockscaled_down}
+def _packed_up(args, problem: Problem, plan: Plan, _, routing: Routing, __, router_weights,
+               x: ScaledRows) -> ScaledRows:  # fmt: skip
+    from moe_ops.backends import packed
+
+    act = planes.empty(x.values, plan.max_rows, problem.intermediate_size, plan)
+    packed.up(args, problem, plan, routing, router_weights, x.values, act)
+    return ScaledRows(act)
+
+
+def _packed_down(args, problem: Problem, plan: Plan, _, routing: Routing, __, act: ScaledRows,
+                 rows: Tensor) -> None:  # fmt: skip
+    from moe_ops.backends import packed
+
+    packed.down(args, problem, plan, routing, act.values, rows)
+
+
+# By variant; Gluon, which three of them need, may be absent.
+_UP = {"sorted": _up, "pingpong": _pingpong_up, "blockscaled": _blockscaled_up, "packed": _packed_up}
+_DOWN = {"sorted": _down, "pingpong": _pingpong_down, "blockscaled": _blockscaled_down, "packed": _packed_down}
 
 
 def _sizes(problem: Problem) -> dict[str, int]:

@@ -100,7 +100,7 @@ def _device() -> dict[str, object]:
 
 
 def paths(device: Device) -> dict[str, str | None]:
-    """Why each path and kernel variant cannot run a bf16 call (a blockscaled one in fp8) there; None where it can."""
+    """Why each path and kernel variant cannot run a bf16 call (or one of its formats) there; None where it can."""
     from moe_ops.cli.formats import FORMATS
 
     problem = describe_call(_SIZES, 4096, torch.bfloat16)
@@ -111,7 +111,7 @@ def paths(device: Device) -> dict[str, str | None]:
         "classic": triton_obstacle(device),
         "tma": no_tma,
     }
-    for variant, form in (("pingpong", None), ("blockscaled", "fp8_block")):
+    for variant, form in (("pingpong", None), ("blockscaled", "fp8_block"), ("packed", "int4")):
         call = problem if form is None else describe_call(_SIZES, 4096, torch.bfloat16, FORMATS[form])
         found[f"tma, {variant}"] = no_tma or variant_obstacle(variant, call, device, "tma")
     return found

@@ -25,7 +25,7 @@ def override(
         variant: as `Plan.variant`.
         config: the tile of both GEMMs, or (up, down). Without a variant it means "sorted", or "direct" where `block_m`
             is 1.
-        splits: as `Plan.splits`, 1 to 64; in variant "sorted" alone.
+        splits: as `Plan.splits`, 1 to 64; in variants "sorted" and "packed" alone.
 
     Raises:
         ValueError: by the calls in the block, where the path or the variant cannot run, or not with these tiles.

@@ -2,6 +2,9 @@
 
 from dataclasses import dataclass
 
+# Bytes that a multiprocessor has, and that such a program takes beside its stages.
+_HOPPER_SHARED_MEMORY, _PACKED_RESERVE = 227 * 1024, 2048
+
 
 @dataclass(frozen=True)
 class TileConfig:
@@ -37,6 +40,12 @@ class TileConfig:
             value = getattr(self, name)
             if not 1 <= value <= highest:
                 raise ValueError(f"{name} is {value}, expected 1 to {highest}")
+
+    def packed_programs(self) -> int:
+        """Programs of variant "packed" that a multiprocessor of Hopper runs at once, by shared memory and registers."""
+        stage_bytes = self.block_k // 2 * 64 + 2 * self.block_k * self.block_m
+        most = 4 if self.block_m == 16 else 3
+        return min(most, _HOPPER_SHARED_MEMORY // (self.num_stages * stage_bytes + _PACKED_RESERVE))
 
     def shared_memory(self, itemsize: int, *, gated: bool) -> int:
         """Bytes of shared memory the pipeline's stages take; the epilogue reuses them."""

@@ -7,7 +7,13 @@ from moe_ops.devices import Device
 from moe_ops.problem import Problem
 from moe_ops.routing import TOKEN_ROUTES
 from moe_ops.tuning.config import TileConfig
-from moe_ops.tuning.variants import blockscaled_tiles, expected_rows, pingpong_tiles
+from moe_ops.tuning.variants import (
+    active_experts,
+    blockscaled_tiles,
+    expected_rows,
+    packed_tiles,
+    pingpong_tiles,
+)
 
 # Triton's barriers and scratch beside the pipeline's stages.
 SHARED_MEMORY_RESERVE = 2048
@@ -17,9 +23,14 @@ _LARGE_SHARED_MEMORY = 160 * 1024
 
 # Programs a multiprocessor that make numbers of weights, each of four warps; and of mxfp4's down GEMM.
 _PROGRAMS, _PROGRAMS_LONG = 4, 1.5
-# The down GEMM's K is split up to so many rows an expert, below so many programs a multiprocessor, and into parts of so
-# many steps at least.
-_SPLIT_ROWS, _SPLIT_PROGRAMS, _SPLIT_STEPS = 8, 3, 5
+# Variants whose down GEMM can have its K in parts.
+SPLIT_VARIANTS = ("sorted", "packed")
+# So many parts in "packed", of so many steps at least.
+_SPLITS, _SPLIT_STEPS = (1, 2, 4, 8), 5
+# In "sorted" up to so many rows an expert, in parts of so many steps at least, and below so many programs a
+# multiprocessor, by format: the more a program has to do for a weight, the more of them keep the memory busy.
+_SPLIT_ROWS, _SPLIT_LONG = 8, 8
+_SPLIT_BELOW = {"packed": 3, "weights": 2, "rows": 1}
 # I up to which the down GEMM's reduction is short, up to which it is over in a few steps, and from which it is long.
 _SHORT_REDUCTION, _FEW_STEPS, _LONG_REDUCTION = 1024, 256, 4096
 # Rows of an expert that are so few row blocks that a group of them has several experts in any case.
@@ -56,6 +67,8 @@ def tile_configs(
         return _pingpong(problem, device)
     if variant == "blockscaled":
         return blockscaled_tiles(problem)
+    if variant == "packed":
+        return packed_tiles(problem, device)
     if variant == "direct":
         return _gemv(problem)
     rows_per_expert = 64.0 if batch_invariant else expected_rows(problem)
@@ -88,25 +101,33 @@ def tile_configs(
     )
 
 
-def down_splits(problem: Problem, device: Device, down: TileConfig) -> int:
-    """Programs that share a tile of the down GEMM: several where few tokens of packed weights leave the device idle.
+def down_splits(problem: Problem, device: Device, variant: str, down: TileConfig) -> int:
+    """Programs that share a tile of the down GEMM: several where a token or a few leave the device idle.
 
-    It has fewer columns than the up GEMM and a longer K: a token or a few have too few tiles of it.
+    It has fewer columns than the up GEMM and a longer K, and then too few tiles.
 
     Args:
-        problem: the call, of variant "sorted".
+        problem: the call.
         device: where it runs.
+        variant: as `Plan.variant`; of others than "sorted" and "packed" it is 1.
         down: its tile.
 
     Returns:
-        A power of two; 1 for other formats, and where there are tiles enough or steps too few.
+        A power of two; 1 where there are tiles enough or steps too few.
     """
-    if not problem.scheme.packed or expected_rows(problem) > _SPLIT_ROWS or device.kind != "cuda":
+    if variant not in SPLIT_VARIANTS or device.kind != "cuda":
         return 1
-    programs = min(problem.num_routes, problem.num_experts) * -(-problem.hidden_size // down.block_n)
-    steps = -(-problem.intermediate_size // down.block_k)
-    splits = 1
-    while splits * programs < _SPLIT_PROGRAMS * device.num_sms and steps >= 2 * splits * _SPLIT_STEPS:
+    columns, steps = -(-problem.hidden_size // down.block_n), -(-problem.intermediate_size // down.block_k)
+    if variant == "packed":
+        tiles, programs = active_experts(problem) * columns, down.packed_programs() * device.num_sms
+        choices = [s for s in _SPLITS if s == 1 or steps >= s * _SPLIT_STEPS]
+        # Waves of programs; each part more is rows in fp32 that are written and read.
+        return 1 if tiles >= 2 * programs else min(choices, key=lambda s: -(-(tiles * s) // programs) / s + s / 20)
+    below = _SPLIT_BELOW["packed" if problem.scheme.packed else "weights" if problem.scheme.weights_only else "rows"]
+    if not problem.scheme.quantized or expected_rows(problem) > _SPLIT_ROWS:
+        return 1
+    programs, splits = min(problem.num_routes, problem.num_experts) * columns, 1
+    while splits * programs < below * device.num_sms and steps >= 2 * splits * _SPLIT_LONG:
         splits *= 2
     return splits
 

@@ -54,6 +54,8 @@ def tuned_obstacle(
     obstacle = variant_obstacle(variant, problem, device, path) or form_obstacle(problem, variant, up, down)
     if obstacle is not None:
         return obstacle
+    if variant == "packed":
+        return None
     if variant in ("pingpong", "blockscaled"):
         return _stages_obstacle(problem, variant, up, down)
     gated = problem.activation.gated

@@ -13,7 +13,7 @@ _COPY_BYTES = 16
 
 
 # As `Plan.variant`.
-VARIANTS = ("direct", "sorted", "pingpong", "blockscaled")
+VARIANTS = ("direct", "sorted", "pingpong", "blockscaled", "packed")
 
 # Rows an expert can expect above which the ping-pong kernel is ahead. Measured, see docs/kernels.md.
 _PINGPONG_ROWS = 64
@@ -21,6 +21,12 @@ _PINGPONG_ROWS = 64
 _QUANTIZED_ROWS = 16
 # Weights of one token's routes up to which quantised ones are multiplied without a sort.
 _DIRECT_WEIGHTS = 60_000_000
+# The same up to which the kernel for packed weights is: it spends its time on making numbers of them, not on products.
+_PACKED_ROWS = 16
+# What it takes: K steps, rows of weights, groups of columns with a scale, and rows of w1's sides that lie together.
+_PACKED_STEP, _PACKED_WEIGHTS, _PACKED_GROUPS, _SIDE = 256, 64, (32, 64, 128), 8
+# Most stages that fit with 32 rows.
+_PACKED_STAGES = 8
 # Rows an expert can expect above which the block-scaled kernel's row block is 128: less traffic, but more padding.
 _BLOCKSCALED_SPLIT_ROWS = 400
 
@@ -45,6 +51,8 @@ def choose_variant(problem: Problem, device: Device, path: str, *, batch_invaria
         for variant in ("pingpong", "blockscaled"):
             if variant_obstacle(variant, problem, device, path) is None:
                 return variant
+    if expected_rows(problem) <= _PACKED_ROWS and variant_obstacle("packed", problem, device, path) is None:
+        return "packed"
     return "sorted"
 
 
@@ -61,11 +69,12 @@ def _few_weights(problem: Problem) -> bool:
 
 def variant_obstacle(variant: str, problem: Problem, device: Device, path: str) -> str | None:
     """Why a variant cannot run a call on a path; None if it can."""
-    if variant not in ("pingpong", "blockscaled"):
+    obstacle = _OBSTACLES.get(variant)
+    if obstacle is None:
         return None
     if path != "tma":
         return f"it needs the TMA path, and this call takes {path!r}"
-    return (pingpong_obstacle if variant == "pingpong" else blockscaled_obstacle)(problem, device)
+    return obstacle(problem, device)
 
 
 def pingpong_obstacle(problem: Problem, device: Device) -> str | None:
@@ -89,8 +98,35 @@ def blockscaled_obstacle(problem: Problem, device: Device) -> str | None:
     return _hopper_obstacle(problem, device)
 
 
-def _hopper_obstacle(problem: Problem, device: Device) -> str | None:
-    """Why no kernel in Gluon for Hopper can run a call on the TMA path."""
+def packed_obstacle(problem: Problem, device: Device) -> str | None:
+    """Why the kernels for packed weights and few rows cannot run a call on the TMA path; None if they can."""
+    scheme = problem.scheme
+    if not scheme.packed or scheme.row_dtype is not None:
+        return "the weights are not packed, two to a byte"
+    if scheme.scale_columns not in _PACKED_GROUPS:
+        return f"a scale is of {scheme.scale_columns} columns, and it takes groups of {_listed(_PACKED_GROUPS)}"
+    if problem.intermediate_size % _SIDE:
+        return f"I is {problem.intermediate_size}, not a multiple of {_SIDE}, of which gate and up lie side by side"
+    for name, strides, address in (
+        ("w1", problem.w1_strides, problem.w1_address), ("w2", problem.w2_strides, problem.w2_address)
+    ):  # fmt: skip
+        if strides[2] != 1:
+            return f"{name} is N-major, and it reads rows along K"
+        if (strides[0] | strides[1] | address) % 2:
+            return f"{name} does not lie at multiples of two bytes, which it reads at once"
+    return _gluon_obstacle(problem, device)
+
+
+def _listed(values: tuple[int, ...]) -> str:
+    return ", ".join(map(str, values[:-1])) + f" or {values[-1]}"
+
+
+# Variants that not every call on the TMA path can have.
+_OBSTACLES = {"pingpong": pingpong_obstacle, "blockscaled": blockscaled_obstacle, "packed": packed_obstacle}
+
+
+def _gluon_obstacle(problem: Problem, device: Device) -> str | None:
+    """Why no kernel in Gluon for Hopper can run in this dtype on a device."""
     if device.interpreted or device.kind != "cuda" or device.capability is None:
         return "it is written in Gluon for NVIDIA GPUs, and Gluon has no interpreter"
     if device.capability[0] != 9:
@@ -100,6 +136,14 @@ def _hopper_obstacle(problem: Problem, device: Device) -> str | None:
         return f"Triton is {device.triton}, and its Gluon is needed from 3.6 on"
     if problem.dtype.itemsize != 2:
         return f"the GEMMs are in {problem.dtype}, and it computes in bfloat16 and float16"
+    return None
+
+
+def _hopper_obstacle(problem: Problem, device: Device) -> str | None:
+    """Why no kernel in Gluon for Hopper whose rows are gathered as they are can run a call on the TMA path."""
+    obstacle = _gluon_obstacle(problem, device)
+    if obstacle is not None:
+        return obstacle
     fp8 = problem.scheme.quantized
     unit = _COPY_BYTES // (1 if fp8 else problem.dtype.itemsize)
     if problem.hidden_size % unit:
@@ -132,10 +176,31 @@ def blockscaled_tiles(problem: Problem) -> tuple[TileConfig, TileConfig]:
     return (replace(down, block_n=128) if problem.activation.gated else down), down
 
 
+def packed_tiles(problem: Problem, device: Device) -> tuple[TileConfig, TileConfig]:
+    """(up, down): as few rows as an expert needs, 64 rows of weights, and steps of 128 bytes of them.
+
+    Three stages leave room for four programs on a multiprocessor, four for three: for tiles that all run at once then.
+    """
+    block_m = 16 if expected_rows(problem) <= 8 else 32
+    down = TileConfig(block_m, _PACKED_WEIGHTS, _PACKED_STEP, 8, 4, 3, True)
+    deep = replace(down, num_stages=4)
+    if active_experts(problem) * -(-problem.w1_rows // _PACKED_WEIGHTS) <= deep.packed_programs() * device.num_sms:
+        down = deep
+    return (replace(down, block_n=_PACKED_WEIGHTS // 2) if problem.activation.gated else down), down
+
+
+def active_experts(problem: Problem) -> float:
+    """Experts that expect a route, of tokens that choose theirs evenly and independently."""
+    missed = 1 - min(1, problem.top_k / problem.num_experts)
+    return problem.num_experts * (1 - missed**problem.num_tokens)
+
+
 def tiles_obstacle(variant: str, problem: Problem, up: TileConfig, down: TileConfig) -> str | None:
     """Why a variant that has tiles of its own cannot have these; None if it can, or has none of its own."""
     if variant == "pingpong":
         owns = pingpong_tiles(problem)
+    elif variant == "packed":
+        return _packed_obstacle(problem, up, down)
     elif variant == "blockscaled":
         block_m = 128 if up.block_m == down.block_m == 128 else 64
         owns = tuple(replace(tile, block_m=block_m) for tile in blockscaled_tiles(problem))
@@ -144,6 +209,19 @@ def tiles_obstacle(variant: str, problem: Problem, up: TileConfig, down: TileCon
     for name, tile, own in zip(("up", "down"), (up, down), owns, strict=True):
         if replace(tile, group_m=own.group_m, num_stages=own.num_stages) != own:
             return f"{name} is {tile}, and variant {variant!r} has {own}; only group_m and num_stages may differ"
+    return None
+
+
+def _packed_obstacle(problem: Problem, up: TileConfig, down: TileConfig) -> str | None:
+    """Rows are 16 or 32, stages as many as fit; the rest is as it is."""
+    columns = _PACKED_WEIGHTS // 2 if problem.activation.gated else _PACKED_WEIGHTS
+    for name, tile, block_n in (("up", up, columns), ("down", down, _PACKED_WEIGHTS)):
+        own = TileConfig(tile.block_m, block_n, _PACKED_STEP, tile.group_m, 4, tile.num_stages, True)
+        if tile != own or tile.block_m not in (16, 32) or not 2 <= tile.num_stages <= _PACKED_STAGES:
+            return (
+                f"{name} is {tile}, and variant 'packed' has {own}, block_m 16 or 32 and num_stages 2 to "
+                f"{_PACKED_STAGES}"
+            )
     return None
 
 

@@ -122,7 +122,7 @@ def test_results_are_pythons(built, tmp_path, name):
     calls = [draw(num_tokens=n, device="cuda", seed=n, **options) for n in tokens]
     write_table(tmp_path, call_text(calls[0]), 1, max(tokens), describe(torch.device("cuda", 0)))
     variants = {plan(args)[1].variant for args in calls}
-    assert variants == {"direct", "sorted", {"fp8_block": "blockscaled", "int4": "sorted"}.get(name, "pingpong")}
+    assert variants == {"direct", "sorted", {"fp8_block": "blockscaled", "int4": "packed"}.get(name, "pingpong")}
     # Ids drawn as int64 are columns of a wider tensor.
     for args in calls:
         args.topk_ids = args.topk_ids.contiguous()

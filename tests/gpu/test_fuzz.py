@@ -26,6 +26,8 @@ LARGE = {"max_tokens": 4096, "max_size": 1024, "max_experts": 64}
 FEW = {"max_tokens": 16, "max_size": 1024}
 ROWS = formats(("fp8_w8a8",), blocks=False)
 BLOCKS = formats(("fp8_w8a8",), blocks=True)
+PACKED = formats(("int4_w4a16", "mxfp4_w4a16"))
+GLUON = ("pingpong", "blockscaled", "packed")
 CASES = {
     "classic": ("sorted", calls(tma=False, dtypes=(*HALF, torch.float32), **LARGE)),
     "classic_direct": ("direct", calls(tma=False, dtypes=(*HALF, torch.float32), **FEW)),
@@ -37,6 +39,7 @@ CASES = {
     "quantized_tma": ("sorted", calls(dtypes=HALF, quantized=formats(), **LARGE)),
     "quantized_pingpong": ("pingpong", calls(dtypes=HALF, quantized=ROWS, **LARGE)),
     "quantized_blockscaled": ("blockscaled", calls(dtypes=HALF, quantized=BLOCKS, **LARGE)),
+    "quantized_packed": ("packed", calls(dtypes=HALF, quantized=PACKED, **LARGE)),
 }
 
 
@@ -44,12 +47,12 @@ CASES = {
 @pytest.mark.timeout(3600)  # most calls are compiled for
 def test_drawn_calls(name):
     variant, drawn = CASES[name]
-    path = "tma" if "tma" in name or variant in ("pingpong", "blockscaled") else "classic"
+    path = "tma" if "tma" in name or variant in GLUON else "classic"
     if "quantized" in name and CAPABILITY < (8, 9):
         pytest.skip("fp8 needs compute capability 8.9")
     if path == "tma" and CAPABILITY < (9, 0):
         pytest.skip("needs compute capability 9.0")
-    if variant in ("pingpong", "blockscaled") and CAPABILITY[0] != 9:
+    if variant in GLUON and CAPABILITY[0] != 9:
         pytest.skip("wgmma is Hopper's")
 
     @drawing(EXAMPLES, len(CASES), same_up_to=500)

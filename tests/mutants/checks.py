@@ -294,6 +294,17 @@ def blockscaled(name: str, **sizes) -> None:
             assert torch.equal(run(args), out)
 
 
+def packed(name: str, splits: int = 1, **sizes) -> None:
+    """A format of 4 bits through the kernels for few rows, five times over."""
+    sizes = {"num_tokens": 40, "hidden": 288, "intermediate": 160, "bias": True} | sizes
+    args = quantized_case(name, torch.bfloat16, "cuda", **sizes)
+    with override(path="tma", variant="packed", splits=splits), poisoned_memory():
+        out = run(args)
+        assert_correct(out, args)
+        for _ in range(5):
+            assert torch.equal(run(args), out)
+
+
 def pingpong(name: str, **sizes) -> None:
     """An option through the ping-pong kernel, with more tiles than a program can hold at once, five times over."""
     sizes = {"num_tokens": 700, "hidden": 264, "intermediate": 136} | sizes
@@ -326,6 +337,13 @@ BLOCKSCALED = {
     "blockscaled fp8_block": partial(blockscaled, "fp8_block"),
     "blockscaled fp8_block_given": partial(blockscaled, "fp8_block_given", routing="zipf"),
     "blockscaled many K steps": partial(blockscaled, "fp8_block", num_tokens=3000, hidden=1040, intermediate=1104),
+}
+PACKED = {
+    "packed int4": partial(packed, "int4"),
+    "packed int4_zero_points": partial(packed, "int4_zero_points"),
+    "packed mxfp4": partial(packed, "mxfp4"),
+    "packed in parts": partial(packed, "int4", splits=2, num_tokens=3, intermediate=1184),
+    "packed many K steps": partial(packed, "mxfp4", num_tokens=300, hidden=2048, intermediate=1184),
 }
 CHECKS = {
     "sort in one launch": partial(sort, 1),
@@ -373,7 +391,7 @@ def main(first: str) -> None:
     """Runs all checks of a kind, `first` first; the first that fails ends the process."""
     copy = Path(moe_ops.__file__).resolve().parent.parent
     assert copy == Path.cwd().resolve(), f"moe_ops is that of {copy}, not the copy"
-    (checks,) = (kind for kind in (CHECKS, PINGPONG, BLOCKSCALED) if first in kind)
+    (checks,) = (kind for kind in (CHECKS, PINGPONG, BLOCKSCALED, PACKED) if first in kind)
     if checks is CHECKS:
         from tests.interp.mended import mend
 

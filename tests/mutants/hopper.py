@@ -93,5 +93,42 @@ GPU_MUTATIONS = [
         "blockscaled_cut_ignored", "blockscaled", "gl.where(before_cut, factor, factor2[:, None])",
         "factor", "the up half by the scale of the block that it begins in", "blockscaled fp8_block",
     ),
+    Mutation(
+        "packed_full_parity", "packed", "mbarrier.wait(full.index(stage), phase)",
+        "mbarrier.wait(full.index(stage), phase ^ 1)", "a stage is read a pass too early", "packed int4",
+    ),
+    Mutation(
+        "packed_full_counts_one_filler", "packed_ring", "mbarrier.init(full.index(i), count=2)",
+        "mbarrier.init(full.index(i), count=1)", "a stage counts as full when weights or rows are there", "packed int4",
+    ),
+    Mutation(
+        "packed_empty_not_waited_for", "packed_ring",
+        "mbarrier.wait(empty.index(stage), phase)\n            bar =", "bar =",
+        "TMA overwrites weights that are being read", "packed many K steps",
+    ),
+    Mutation(
+        "packed_rows_in_wgmmas_order", "packed", "return row // 2 + row % 2 * 4", "return row",
+        "rows of a result are stored in the order of wgmma's", "packed int4",
+    ),
+    Mutation(
+        "packed_scale_of_the_first_block", "packed", "acc += total1 * scale1", "acc += total1 * scale0",
+        "the second block of a step by the scale of the first one of the next step", "packed int4",
+    ),
+    Mutation(
+        "packed_zero_point_of_the_neighbour", "packed", "odd = rows % 2", "odd = 1 - rows % 2",
+        "a row by the zero point in the other half of its byte", "packed int4_zero_points",
+    ),
+    Mutation(
+        "packed_bias_in_every_part", "packed", "gl.where(split == 0, N, 0)", "N",
+        "each part of K adds the bias", "packed in parts",
+    ),
+    Mutation(
+        "packed_parts_overlap", "packed_ring", "gl.minimum(split * PART + PART, STEPS)",
+        "gl.minimum(split * PART + PART + 1, STEPS)", "a step is in two parts", "packed in parts",
+    ),
+    Mutation(
+        "packed_planes_end_in_what_was_there", "packed", "if WIDTH * PLANES > N and block_n", "if N < 0 and block_n",
+        "columns behind a plane's last are multiplied as they are", "packed int4",
+    ),
 ]
 # fmt: on

@@ -80,8 +80,8 @@ def judged(outcome: Outcome, mutation: Mutation | None) -> None:
 @pytest.mark.skipif(not HOPPER, reason="wgmma is Hopper's")
 @pytest.mark.parametrize("mutation", [None, *GPU_MUTATIONS], ids=name)
 def test_gpu_kills(mutation, tmp_path):
-    # The copy that is not mutated passes the checks of either kernel.
-    firsts = [mutation.first] if mutation else ["pingpong plain", "blockscaled fp8_block"]
+    # The copy that is not mutated passes the checks of each kernel.
+    firsts = [mutation.first] if mutation else ["pingpong plain", "blockscaled fp8_block", "packed int4"]
     with judges(1, interpret=False) as judge:
         for first in firsts:
             judged(judge(tmp_path / first.replace(" ", "_"), mutation, first).result(), mutation)

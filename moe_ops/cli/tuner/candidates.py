@@ -22,6 +22,8 @@ _FACTORS = (0.25, 0.5, 2, 4)
 _FEWEST_PERSISTENT_ROWS = 12
 # Rows an expert up to which the general kernel may beat the persistent ones, and rows of a block that may be swapped.
 _MOST_SORTED_ROWS, _MOST_SWAPPED = 512, 64
+# Rows an expert up to which the kernel for packed weights may be ahead.
+_MOST_PACKED_ROWS = 64
 # A candidate whose least time, padding included, is so much above the heuristic's is not worth compiling.
 _HOPELESS = 1.5
 # Of the best candidates, and of the second wave at most.
@@ -101,6 +103,7 @@ def _other_variants(problem: Problem, device: Device, path: str, own: Tiles) -> 
         "sorted": rows <= _MOST_SORTED_ROWS,
         "pingpong": rows >= _FEWEST_PERSISTENT_ROWS,
         "blockscaled": rows >= _FEWEST_PERSISTENT_ROWS,
+        "packed": rows <= _MOST_PACKED_ROWS,
     }
     for variant, worth_it in plausible.items():
         if variant != own.variant and worth_it and variant_obstacle(variant, problem, device, path) is None:
@@ -119,6 +122,11 @@ def _neighbours(variant: str, tile: TileConfig, device: Device) -> Iterator[Tile
     """A tile with one thing changed: of the kinds that a variant leaves open."""
     if variant in ("pingpong", "blockscaled"):
         changes = [{"group_m": group} for group in dict.fromkeys((*_GROUPS, row_group(device.num_sms)))]
+    elif variant == "packed":
+        changes = [
+            *({"num_stages": stages} for stages in (tile.num_stages - 1, tile.num_stages + 1)),
+            *({"group_m": group} for group in _SORTED_GROUPS),
+        ]
     elif variant == "direct":
         changes = [
             *({"block_n": n} for n in _halved_and_doubled(tile.block_n)),

@@ -1,0 +1,396 @@
+"""The up and the down GEMM of experts of packed 4-bit weights for a few rows each, on Hopper (sm_90).
+
+A program has one row block of one expert and ROWS rows of its weights, and steps along K by 256: 128 bytes of a row of
+weights, which TMA brings into a ring of stages with the same columns of the rows, in planes (`kernels.layout`), which
+cp.async gathers. Weights go from there into registers, become pairs of bfloat16 or float16 there (`kernels.pairs`), and
+are the tall operand of wgmma, which takes them from there:
+
+    w    [ROWS, 64] of 16 bits    TMA ---> stage ---> registers --- 4 planes of 2 blocks of 32 ---+
+    x    4 planes, 2 blocks of    cp.async ---------> stage ------------------------------------- + --> wgmma
+         [BLOCK_M, 32]
+
+At the rate of the memory every instruction a weight counts: what a step takes beside making its weights is spread over
+128 of them a thread.
+
+A thread's 16 bytes of a row of weights are 32 columns, which never lie in two groups of a scale. Groups of 128 columns
+are a block of 32 elements, whose product is scaled; shorter ones scale the weights, in pairs where the dtype holds
+scale and product as `kernels.dequantize` has them.
+
+Rows of w1 lie in a stage in pieces of 16, eight of the gate and the eight of up that belong to them: a thread of wgmma
+has row r and row r + 8 of a piece, and with them both sides of a column of act.
+
+Three roles share a program of 8 warps, two of which are idle, and one ring of stages:
+
+    fill_weights    1 warp    waits for `empty`; TMA; announces its bytes at `full`
+    fill_rows       1 warp    waits for `empty`; cp.async; arrives at `full` when the copies are there
+    _consume_*      4 warps   wait for `full`; multiply; arrive at `empty`; epilogue
+
+`full` has two arrivals and the bytes, `empty` one. Fillers begin with parity 1, that of the phase before the first.
+
+Dependent launch: the down GEMM reads the routing and asks for its first weights before it waits for the up GEMM; of
+what came before that it knows that it is over, since the up GEMM waited for it before it let others start.
+"""
+
+import triton
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
+
+from moe_ops.kernels.activation import activate_gated, nonlinearity
+from moe_ops.kernels.compat import gdc_launch_dependents, gdc_wait
+from moe_ops.kernels.layout import in_planes
+from moe_ops.kernels.packed_ring import (
+    BLOCK,
+    BLOCK_K,
+    PIECE,
+    PLANES,
+    STEP,
+    fill_rows,
+    fill_weights,
+    filler_registers,
+    rows_of,
+    start,
+    steps_of,
+    tile_of,
+)
+from moe_ops.kernels.pairs import adds, pair_code, pair_offset, pair_product
+from moe_ops.kernels.rings import next_place
+
+
+@gluon.constexpr_function
+def _row_layout(rows: int) -> gl.DistributedLinearLayout:
+    """Of weights as they are stored, [rows / 8, 8, STEP]: of a block, lane t of a row's four has unit t, 16 bytes.
+
+    Lanes side by side have rows r and r + 4, which swizzling keeps in different banks.
+    """
+    return gl.DistributedLinearLayout(
+        [[0, 0, 1], [1, 0, 0], [0, 0, 2], [0, 0, 4], [0, 0, 32], *([[8, 0, 0]] if rows == 128 else [])],
+        [[0, 0, 8], [0, 0, 16], [0, 4, 0], [0, 1, 0], [0, 2, 0]], [[2, 0, 0], [4, 0, 0]], [], [rows // 8, 8, 64],
+    )  # fmt: skip
+
+
+@gluon.constexpr_function
+def _block_layout(rows: int) -> gl.DistributedLinearLayout:
+    """Of one block of them, [rows, units, elements]."""
+    return gl.DistributedLinearLayout(
+        [[0, 0, 1], [8, 0, 0], [0, 0, 2], [0, 0, 4], *([[64, 0, 0]] if rows == 128 else [])],
+        [[0, 1, 0], [0, 2, 0], [1, 0, 0], [2, 0, 0], [4, 0, 0]],
+        [[16, 0, 0], [32, 0, 0]], [], [rows, 4, 8],
+    )  # fmt: skip
+
+
+@gluon.jit
+def _pairs(q, offset, plane: gl.constexpr, FORMAT: gl.constexpr, DTYPE: gl.constexpr):
+    """A plane of stored weights, as numbers of DTYPE; offset: what is added to them where they have an offset."""
+    ADDS: gl.constexpr = adds(FORMAT, DTYPE, False)
+    if ADDS:
+        return gl.inline_asm_elementwise(
+            pair_code(FORMAT, DTYPE, plane, True), "=r,r,r", [q, offset], dtype=offset.dtype, is_pure=True, pack=2
+        )
+    else:
+        return gl.inline_asm_elementwise(
+            pair_code(FORMAT, DTYPE, plane, False), "=r,r", [q], dtype=offset.dtype, is_pure=True, pack=2
+        )
+
+
+@gluon.jit
+def _scale_of(stored, FORMAT: gl.constexpr, DTYPE: gl.constexpr):
+    """Scales as they are stored -> in DTYPE where it holds them exactly, else in fp32."""
+    if FORMAT == "mxfp4_w4a16":
+        e = stored.to(gl.int32)
+        if gl.bfloat16 == DTYPE:
+            # bfloat16's exponent field; 2^-127 is subnormal, and the field of NaN alone would be infinity's.
+            bits = gl.where(e == 255, 0x7FC0, gl.maximum(e << 7, 1 << 6))
+            return bits.to(gl.int16).to(gl.bfloat16, bitcast=True)
+        else:
+            bits = gl.where(e == 255, 0x7FC00000, gl.maximum(e << 23, 1 << 22))
+            return bits.to(gl.float32, bitcast=True)
+    elif stored.dtype == DTYPE:
+        return stored
+    else:
+        return stored.to(gl.float32)
+
+
+@gluon.jit
+def _times(values, scale, DTYPE: gl.constexpr):
+    """values * scale, rounded once to DTYPE."""
+    if scale.dtype == DTYPE:
+        return gl.inline_asm_elementwise(
+            pair_product(DTYPE), "=r,r,r", [values, scale], dtype=values.dtype, is_pure=True, pack=2
+        )
+    else:
+        return (values.to(gl.float32) * scale).to(DTYPE)
+
+
+@gluon.jit
+def _operand(values, ROWS: gl.constexpr, LAYOUT: gl.constexpr):
+    """A plane of a block [ROWS, 4, 8], as wgmma's left operand in `layout.unit_order`; it moves nothing."""
+    values = values.reshape((ROWS, 4, 4, 2)).permute((0, 2, 1, 3)).reshape((ROWS, BLOCK))
+    return gl.convert_layout(values, gl.DotOperandLayout(0, LAYOUT, 2), assert_trivial=True)
+
+
+@gluon.jit
+def _stored(ptrs, stride_k, mask, step, block: gl.constexpr, K: gl.constexpr, SCALE_COLUMNS: gl.constexpr,
+            UNITS: gl.constexpr, LAYOUT: gl.constexpr):  # fmt: skip
+    """What groups of columns have (scales, zero points), for a block of a step, as stored; past K there is 0.
+
+    [ROWS] where a group is a block (UNITS False), else [ROWS, 4] in LAYOUT, one for each unit.
+    """
+    COLUMNS: gl.constexpr = BLOCK * PLANES
+    k = step * BLOCK_K + block * COLUMNS
+    if UNITS:
+        k += gl.arange(0, 4, gl.SliceLayout(0, LAYOUT)) * (COLUMNS // 4)
+        group_ptrs = ptrs[:, None] + (k // SCALE_COLUMNS).to(gl.int64)[None, :] * stride_k
+        return gl.load(group_ptrs, mask=mask[:, None] & (k < K)[None, :], other=0)
+    else:
+        return gl.load(ptrs + (k // SCALE_COLUMNS).to(gl.int64) * stride_k, mask=mask & (k < K), other=0)
+
+
+@gluon.jit
+def _offset(stored_zero, odd, HAS_ZERO: gl.constexpr, FORMAT: gl.constexpr, DTYPE: gl.constexpr, ROWS: gl.constexpr,
+            LAYOUT: gl.constexpr):  # fmt: skip
+    """What `_pairs` adds to a block: the zero point and what the numbers have too much, negative. [ROWS, 4, 8]"""
+    if HAS_ZERO:
+        zero = ((stored_zero.to(gl.int32) >> (4 * odd)[:, None]) & 15).to(gl.float32)
+        return (-(zero + pair_offset(FORMAT, DTYPE))).to(DTYPE)[:, :, None].broadcast_to((ROWS, 4, 8))
+    else:
+        # The middle of int4; e2m1 has nothing added.
+        return gl.full((ROWS, 4, 8), -(pair_offset(FORMAT, DTYPE) + 8.0), DTYPE, LAYOUT)
+
+
+@gluon.jit
+def _block_product(q, x_smem, place, total, FRESH: gl.constexpr, scale, zero, odd, HAS_ZERO: gl.constexpr,
+                   ROWS: gl.constexpr, FORMAT: gl.constexpr, UNITS: gl.constexpr, DTYPE: gl.constexpr,
+                   LAYOUT: gl.constexpr):  # fmt: skip
+    """Starts the products of a block's planes, added to `total` or, if FRESH, by themselves.
+
+    A plane is made while the one before it is multiplied: the result is there but for the last plane, and what was
+    started before it is.
+    """
+    BLOCK_LAYOUT: gl.constexpr = _block_layout(ROWS)
+    q = gl.convert_layout(q, BLOCK_LAYOUT, assert_trivial=True)
+    offset = _offset(zero, odd, HAS_ZERO, FORMAT, DTYPE, ROWS, BLOCK_LAYOUT)
+    if UNITS:
+        scale = _scale_of(scale, FORMAT, DTYPE)[:, :, None].broadcast_to((ROWS, 4, 8))
+    for plane in gl.static_range(PLANES):
+        values = _pairs(q, offset, plane, FORMAT, DTYPE)
+        if UNITS:
+            values = _times(values, scale, DTYPE)
+        x = x_smem.index(place + plane * (STEP // BLOCK)).permute((1, 0))
+        pending = warpgroup_mma(_operand(values, ROWS, LAYOUT), x, total, use_acc=not (FRESH and plane == 0),
+                                is_async=True)  # fmt: skip
+        total = warpgroup_mma_wait(1, deps=(pending,))
+    return total
+
+
+@gluon.jit
+def _accumulate(rings, tile, side, GATED: gl.constexpr, INTERLEAVED: gl.constexpr, N: gl.constexpr, K: gl.constexpr,
+                ROWS: gl.constexpr, FORMAT: gl.constexpr, SCALE_COLUMNS: gl.constexpr, DTYPE: gl.constexpr,
+                SPLITS: gl.constexpr, LAYOUT: gl.constexpr):  # fmt: skip
+    """The mainloop: weights @ rows^T over the tile's steps, in fp32. [ROWS, BLOCK_M]
+
+    side: scales and zero points, each with their strides.
+    """
+    w_smem, x_smem, full, empty = rings
+    block_m, block_n, split, expert = tile
+    scale_ptr, stride_se, stride_sn, stride_sk, zero_ptr, stride_ze, stride_zn, stride_zk = side
+    STAGES: gl.constexpr = w_smem.shape[0]
+    BLOCK_M: gl.constexpr = x_smem.shape[1]
+    UNITS: gl.constexpr = SCALE_COLUMNS < BLOCK * PLANES
+    HAS_ZERO: gl.constexpr = zero_ptr is not None
+    UNIT_LAYOUT: gl.constexpr = gl.SliceLayout(2, _block_layout(ROWS))
+    SCALE_LAYOUT: gl.constexpr = gl.SliceLayout(1, UNIT_LAYOUT if UNITS else LAYOUT)
+    first, last = steps_of(split, triton.cdiv(K, BLOCK_K), SPLITS)
+    rows, w_mask = weight_rows(block_n * ROWS, N, ROWS, GATED, INTERLEAVED, SCALE_LAYOUT)
+    scale_ptrs = scale_ptr + expert.to(gl.int64) * stride_se + rows.to(gl.int64) * stride_sn
+    scale0 = _stored(scale_ptrs, stride_sk, w_mask, first, 0, K, SCALE_COLUMNS, UNITS, UNIT_LAYOUT)
+    scale1 = _stored(scale_ptrs, stride_sk, w_mask, first, 1, K, SCALE_COLUMNS, UNITS, UNIT_LAYOUT)
+    zero0 = 0
+    zero1 = 0
+    odd = 0
+    if HAS_ZERO:
+        rows, z_mask = weight_rows(block_n * ROWS, N, ROWS, GATED, INTERLEAVED, gl.SliceLayout(1, UNIT_LAYOUT))
+        odd = rows % 2
+        zero_ptrs = zero_ptr + expert.to(gl.int64) * stride_ze + (rows // 2).to(gl.int64) * stride_zn
+        zero0 = _stored(zero_ptrs, stride_zk, z_mask, first, 0, K, SCALE_COLUMNS, True, UNIT_LAYOUT)
+        zero1 = _stored(zero_ptrs, stride_zk, z_mask, first, 1, K, SCALE_COLUMNS, True, UNIT_LAYOUT)
+    acc = gl.zeros((ROWS, BLOCK_M), gl.float32, LAYOUT)
+    none = gl.zeros((ROWS, BLOCK_M), gl.float32, LAYOUT)
+    stage = 0
+    phase = 0
+    for step in range(first, last):
+        mbarrier.wait(full.index(stage), phase)
+        q = w_smem.index(stage).reshape((ROWS // 8, 8, STEP)).load(_row_layout(ROWS))
+        # In the order of wgmma's rows, then block by block; what the compiler calls it moves nothing.
+        q = q.reshape((ROWS // 8, 2, 4, 2, 4, 8)).permute((0, 2, 1, 4, 5, 3)).reshape((ROWS, 4, 8, 2))
+        q0, q1 = q.split()
+        place = stage * (PLANES * (STEP // BLOCK))
+        # What belongs to a block is asked for again as soon as it is used, a step ahead: nothing else would cover the
+        # way to memory of loads this small. Sooner, it would be copied, and so waited for.
+        total0 = _block_product(q0, x_smem, place, none, True, scale0, zero0, odd, HAS_ZERO, ROWS, FORMAT, UNITS, DTYPE,
+                                LAYOUT)  # fmt: skip
+        if UNITS:
+            scale0 = _stored(scale_ptrs, stride_sk, w_mask, step + 1, 0, K, SCALE_COLUMNS, UNITS, UNIT_LAYOUT)
+        if HAS_ZERO:
+            zero0 = _stored(zero_ptrs, stride_zk, z_mask, step + 1, 0, K, SCALE_COLUMNS, True, UNIT_LAYOUT)
+        total1 = _block_product(q1, x_smem, place + 1, total0 if UNITS else none, not UNITS, scale1, zero1, odd,
+                                HAS_ZERO, ROWS, FORMAT, UNITS, DTYPE, LAYOUT)  # fmt: skip
+        if not UNITS:
+            acc += total0 * scale0.to(gl.float32)[:, None]
+            scale0 = _stored(scale_ptrs, stride_sk, w_mask, step + 1, 0, K, SCALE_COLUMNS, UNITS, UNIT_LAYOUT)
+        if UNITS:
+            scale1 = _stored(scale_ptrs, stride_sk, w_mask, step + 1, 1, K, SCALE_COLUMNS, UNITS, UNIT_LAYOUT)
+        if HAS_ZERO:
+            zero1 = _stored(zero_ptrs, stride_zk, z_mask, step + 1, 1, K, SCALE_COLUMNS, True, UNIT_LAYOUT)
+        total1 = warpgroup_mma_wait(0, deps=(total1,))
+        mbarrier.arrive(empty.index(stage), count=1)
+        if UNITS:
+            acc += total1
+        else:
+            acc += total1 * scale1.to(gl.float32)[:, None]
+            scale1 = _stored(scale_ptrs, stride_sk, w_mask, step + 1, 1, K, SCALE_COLUMNS, UNITS, UNIT_LAYOUT)
+        stage, phase = next_place(stage, phase, STAGES)
+    return acc
+
+
+@gluon.jit
+def weight_rows(first_row, N: gl.constexpr, ROWS: gl.constexpr, GATED: gl.constexpr, INTERLEAVED: gl.constexpr,
+                LAYOUT: gl.constexpr):  # fmt: skip
+    """Which rows of an expert's weight those of wgmma are in a tile, and which of them exist. [ROWS]"""
+    row = first_row + gl.arange(0, ROWS, LAYOUT)
+    if GATED:
+        column = row // PIECE * (PIECE // 2) + _stored_row(row % (PIECE // 2))
+        half = row // (PIECE // 2) % 2
+        return (2 * column + half if INTERLEAVED else half * N + column), column < N
+    else:
+        row = row // 8 * 8 + _stored_row(row % 8)
+        return row, row < N
+
+
+@gluon.jit
+def _stored_row(row):
+    """Which of eight rows that lie together is a row of wgmma's; see `_row_layout`."""
+    return row // 2 + row % 2 * 4
+
+
+@gluon.jit
+def _consume_up(rings, tile, side, routing, epilogue, N: gl.constexpr, K: gl.constexpr, ACTIVATION: gl.constexpr,
+                GATED: gl.constexpr, INTERLEAVED: gl.constexpr, HAS_LIMIT: gl.constexpr, FORMAT: gl.constexpr,
+                SCALE_COLUMNS: gl.constexpr, DTYPE: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr
+                ):  # fmt: skip
+    """The warps that multiply and store columns of act."""
+    block_m, block_n, split, expert = tile
+    sorted_routes_ptr, num_routes = routing
+    bias_ptr, stride_be, router_weights_ptr, act_ptr, stride_am, alpha, limit = epilogue
+    ROWS: gl.constexpr = 2 * BLOCK_N if GATED else BLOCK_N
+    LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
+    if expert >= 0:
+        acc = _accumulate(rings, tile, side, GATED, INTERLEAVED, N, K, ROWS, FORMAT, SCALE_COLUMNS, DTYPE, 1, LAYOUT)
+        rows, routes, mask = rows_of(block_m, sorted_routes_ptr, num_routes, BLOCK_M, gl.SliceLayout(0, LAYOUT))
+        if router_weights_ptr is not None:
+            acc *= gl.load(router_weights_ptr + routes, mask=mask, other=0.0).to(gl.float32)[None, :]
+        if bias_ptr is not None:
+            w_rows, there = weight_rows(block_n * ROWS, N, ROWS, GATED, INTERLEAVED, gl.SliceLayout(1, LAYOUT))
+            bias = gl.load(bias_ptr + expert.to(gl.int64) * stride_be + w_rows, mask=there, other=0.0)
+            acc += bias.to(gl.float32)[:, None]
+        if GATED:
+            gate, up = acc.reshape((ROWS // PIECE, 2, PIECE // 2, BLOCK_M)).permute((0, 2, 3, 1)).split()
+            y = activate_gated(gate, up, ACTIVATION, HAS_LIMIT, alpha, limit).reshape((BLOCK_N, BLOCK_M))
+        else:
+            y = nonlinearity(acc, ACTIVATION, alpha)
+        OUT: gl.constexpr = y.type.layout
+        columns, exists = weight_rows(block_n * BLOCK_N, N, BLOCK_N, False, False, gl.SliceLayout(1, OUT))
+        rows, routes, mask = rows_of(block_m, sorted_routes_ptr, num_routes, BLOCK_M, gl.SliceLayout(0, OUT))
+        act_ptrs = act_ptr + rows.to(gl.int64)[None, :] * stride_am
+        gl.store(act_ptrs + in_planes(columns, N, PLANES)[:, None], y.to(act_ptr.dtype.element_ty),
+                 mask=mask[None, :] & exists[:, None])  # fmt: skip
+        WIDTH: gl.constexpr = (N // PLANES + BLOCK - 1) // BLOCK * BLOCK
+        if WIDTH * PLANES > N and block_n == triton.cdiv(N, BLOCK_N) - 1:
+            # The zeros that a plane ends with.
+            behind = N + gl.arange(0, BLOCK * PLANES, gl.SliceLayout(1, OUT))
+            zeros = gl.zeros((BLOCK * PLANES, BLOCK_M), DTYPE, OUT)
+            gl.store(act_ptrs + in_planes(behind, N, PLANES)[:, None], zeros,
+                     mask=mask[None, :] & (behind < WIDTH * PLANES)[:, None])  # fmt: skip
+
+
+@gluon.jit
+def _consume_down(rings, tile, side, routing, epilogue, N: gl.constexpr, K: gl.constexpr, FORMAT: gl.constexpr,
+                  SCALE_COLUMNS: gl.constexpr, DTYPE: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
+                  SPLITS: gl.constexpr):  # fmt: skip
+    """The warps that multiply and store columns of rows."""
+    block_m, block_n, split, expert = tile
+    sorted_routes_ptr, num_routes = routing
+    bias_ptr, stride_be, rows_ptr, stride_rm, max_rows = epilogue
+    LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
+    if expert >= 0:
+        acc = _accumulate(rings, tile, side, False, False, N, K, BLOCK_N, FORMAT, SCALE_COLUMNS, DTYPE, SPLITS, LAYOUT)
+        columns, exists = weight_rows(block_n * BLOCK_N, N, BLOCK_N, False, False, gl.SliceLayout(1, LAYOUT))
+        if bias_ptr is not None:
+            # Of one part alone.
+            there = columns < gl.where(split == 0, N, 0)
+            bias = gl.load(bias_ptr + expert.to(gl.int64) * stride_be + columns, mask=there, other=0.0)
+            acc += bias.to(gl.float32)[:, None]
+        rows, routes, mask = rows_of(block_m, sorted_routes_ptr, num_routes, BLOCK_M, gl.SliceLayout(0, LAYOUT))
+        row_ptrs = rows_ptr + (rows + split * max_rows).to(gl.int64) * stride_rm
+        gl.store(row_ptrs[None, :] + columns[:, None], acc.to(rows_ptr.dtype.element_ty),
+                 mask=mask[None, :] & exists[:, None])  # fmt: skip
+
+
+@gluon.jit(do_not_specialize=["num_routes", "stride_be", "alpha", "limit"])
+def packed_up_kernel(
+    x_ptr, weights_desc, bias_ptr, router_weights_ptr, act_ptr,
+    sorted_routes_ptr, tile_experts_ptr, num_routes, alpha, limit, stride_xm, stride_be, stride_am,
+    scale_ptr, stride_se, stride_sn, stride_sk, zero_ptr, stride_ze, stride_zn, stride_zk,
+    N: gl.constexpr, K: gl.constexpr, TOP_K: gl.constexpr, ACTIVATION: gl.constexpr, GATED: gl.constexpr,
+    INTERLEAVED: gl.constexpr, HAS_LIMIT: gl.constexpr, FORMAT: gl.constexpr, SCALE_COLUMNS: gl.constexpr,
+    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, GROUP_M: gl.constexpr, STAGES: gl.constexpr,
+    PROXY_FENCE: gl.constexpr, PDL: gl.constexpr,
+):  # fmt: skip
+    """act[p, :N] = act(x[token of p] @ w1[e]^T (* router weight) + b1[e]) for the sorted rows p; x and act in planes.
+
+    A tile makes BLOCK_N columns of act. The boxes of the descriptor are those of `backends.packed`.
+    """
+    rings = start(weights_desc, x_ptr.dtype.element_ty, BLOCK_M, STAGES)
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    tile = tile_of(tile_experts_ptr, triton.cdiv(N, BLOCK_N), GROUP_M, 1)
+    side = (scale_ptr, stride_se, stride_sn, stride_sk, zero_ptr, stride_ze, stride_zn, stride_zk)
+    routing = (sorted_routes_ptr, num_routes)
+    epilogue = (bias_ptr, stride_be, router_weights_ptr, act_ptr, stride_am, alpha, limit)
+    # Constexprs must stand in the tuples at the call: a tuple in a variable would turn them into tensors.
+    gl.warp_specialize([
+        (_consume_up, (rings, tile, side, routing, epilogue, N, K, ACTIVATION, GATED, INTERLEAVED, HAS_LIMIT, FORMAT,
+                       SCALE_COLUMNS, x_ptr.dtype.element_ty, BLOCK_M, BLOCK_N)),
+        (fill_rows, (rings, tile, x_ptr, stride_xm, sorted_routes_ptr, num_routes, K, TOP_K, BLOCK_M, 1, False,
+                      PROXY_FENCE)),
+        (fill_weights, (rings, tile, weights_desc, 2 * BLOCK_N if GATED else BLOCK_N, triton.cdiv(K, BLOCK_K), 1,
+                         GATED)),
+    ], [1, 1], [filler_registers(BLOCK_M), filler_registers(BLOCK_M)])  # fmt: skip
+
+
+@gluon.jit(do_not_specialize=["num_routes", "stride_be", "max_rows"])
+def packed_down_kernel(
+    act_ptr, weights_desc, bias_ptr, rows_ptr, sorted_routes_ptr, tile_experts_ptr, num_routes, max_rows,
+    stride_am, stride_be, stride_rm,
+    scale_ptr, stride_se, stride_sn, stride_sk, zero_ptr, stride_ze, stride_zn, stride_zk,
+    N: gl.constexpr, K: gl.constexpr, FORMAT: gl.constexpr, SCALE_COLUMNS: gl.constexpr,
+    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, GROUP_M: gl.constexpr, STAGES: gl.constexpr, SPLITS: gl.constexpr,
+    PROXY_FENCE: gl.constexpr, PDL: gl.constexpr,
+):  # fmt: skip
+    """rows[p, :N] = act[p] @ w2[e]^T + b2[e] for the sorted rows p, act in planes; padding rows are never stored.
+
+    SPLITS programs share a tile, each with its own steps along K, and its own rows in fp32, which the combine adds up.
+    """
+    rings = start(weights_desc, act_ptr.dtype.element_ty, BLOCK_M, STAGES)
+    tile = tile_of(tile_experts_ptr, triton.cdiv(N, BLOCK_N), GROUP_M, SPLITS)
+    side = (scale_ptr, stride_se, stride_sn, stride_sk, zero_ptr, stride_ze, stride_zn, stride_zk)
+    routing = (sorted_routes_ptr, num_routes)
+    epilogue = (bias_ptr, stride_be, rows_ptr, stride_rm, max_rows)
+    gl.warp_specialize([
+        (_consume_down, (rings, tile, side, routing, epilogue, N, K, FORMAT, SCALE_COLUMNS, act_ptr.dtype.element_ty,
+                         BLOCK_M, BLOCK_N, SPLITS)),
+        (fill_rows, (rings, tile, act_ptr, stride_am, sorted_routes_ptr, num_routes, K, 0, BLOCK_M, SPLITS, PDL,
+                      PROXY_FENCE)),
+        (fill_weights, (rings, tile, weights_desc, BLOCK_N, triton.cdiv(K, BLOCK_K), SPLITS, False)),
+    ], [1, 1], [filler_registers(BLOCK_M), filler_registers(BLOCK_M)])  # fmt: skip

@@ -1,0 +1,53 @@
+"""Ahead of time, without a GPU: the kernels for packed weights compile for Hopper to what is meant."""
+
+import re
+
+import pytest
+import torch
+
+pytest.importorskip("triton.experimental.gluon")
+
+from moe_ops.testing import override
+from tests.amount import params
+from tests.aot.harness import compile_call
+from tests.quantized import quantized_case
+
+SIZES = {"num_tokens": 5, "hidden": 1024, "intermediate": 1280, "experts": 4, "top_k": 2}
+# The last step has half a block more, and planes end with zeros.
+TAILS = {"hidden": 288, "intermediate": 1184, "bias": True}
+BF16, FP16 = torch.bfloat16, torch.float16
+
+VARIANTS = {
+    "int4": ("int4", BF16, SIZES),
+    "int4 float16": ("int4", FP16, SIZES),
+    "int4 tails": ("int4", BF16, SIZES | TAILS),
+    "int4 tails float16": ("int4", FP16, SIZES | TAILS),
+    "int4 zero points": ("int4_zero_points", BF16, SIZES),
+    "int4 zero points tails": ("int4_zero_points", FP16, SIZES | TAILS),
+    "mxfp4": ("mxfp4", BF16, SIZES),
+    "mxfp4 float16": ("mxfp4", FP16, SIZES),
+    "mxfp4 tails": ("mxfp4", BF16, SIZES | TAILS),
+    "gpt-oss": ("mxfp4", BF16, SIZES | TAILS | {"gate_up_layout": "interleaved", "activation": "swigluoai"}),
+    "no gate": ("int4", BF16, SIZES | TAILS | {"activation": "relu2_no_gate"}),
+    "gelu": ("mxfp4", BF16, SIZES | {"activation": "gelu", "apply_router_weight_on_input": True}),
+    "parts": ("int4", BF16, SIZES | {"num_tokens": 1, "intermediate": 8192}),
+    "32 rows": ("int4", BF16, SIZES | {"num_tokens": 30}),
+    "32 rows of mxfp4": ("mxfp4", BF16, SIZES | {"num_tokens": 30} | TAILS),
+    "64 rows": ("int4", FP16, SIZES | {"num_tokens": 60} | TAILS),
+    "64 rows of mxfp4": ("mxfp4", BF16, SIZES | {"num_tokens": 60}),
+}
+USUAL = ["int4 tails", "int4 zero points tails", "gpt-oss", "32 rows"]
+
+
+@pytest.mark.parametrize("name", params(list(VARIANTS), USUAL))
+def test_variants(name):
+    form, dtype, options = VARIANTS[name]
+    args = quantized_case(form, dtype, **options)
+    with override(variant="packed"):
+        kernels = compile_call(args, 90)
+    for gemm in (kernels["packed_up_kernel"], kernels["packed_down_kernel"]):
+        assert gemm.spills == 0 and not gemm.serialized, gemm.name
+        # Weights go from shared memory into registers by 16 bytes, and never back.
+        assert gemm.count("ld.shared.v4") > 0 == gemm.count("st.shared.v4")
+        products = re.findall(r"wgmma\.mma_async\S+\s+\{[^}]*\},\s*(\S)", gemm.ptx)
+        assert products and set(products) == {"{"}
