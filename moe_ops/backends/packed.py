@@ -89,13 +89,13 @@ def _w1_descriptor(w1: Tensor, problem: Problem, columns: int) -> TensorDescript
     """w1 in boxes that make so many columns of act: 8 rows of the gate, the 8 of up that belong to them, and so on."""
     if not problem.activation.gated:
         return pingpong.descriptor(w1, [1, columns, STEP.value])
-    sides = (len(w1), problem.intermediate_size // _SIDE, 2, _SIDE, w1.shape[2])
+    sides = (w1.shape[0], problem.intermediate_size // _SIDE, 2, _SIDE, w1.shape[2])
     stride_e, stride_n, stride_k = w1.stride()
     if problem.gate_up_layout == "interleaved":
         strides = (stride_e, 2 * _SIDE * stride_n, stride_n, 2 * stride_n, stride_k)
     else:
         strides = (stride_e, _SIDE * stride_n, problem.intermediate_size * stride_n, stride_n, stride_k)
-    return pingpong.descriptor(w1.as_strided(sides, strides), [1, columns // _SIDE, 2, _SIDE, STEP.value])
+    return pingpong.descriptor(w1, [1, columns // _SIDE, 2, _SIDE, STEP.value], sides, strides)
 
 
 def _constexprs(problem: Problem, config, zero_point: Tensor | None) -> dict[str, object]:

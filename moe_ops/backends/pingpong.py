@@ -5,6 +5,7 @@ operands; the row block is 64.
 """
 
 import functools
+from collections.abc import Sequence
 
 import torch
 import triton.language as tl
@@ -115,10 +116,12 @@ def copyable(x: Tensor) -> Tensor:
     return x.new_empty(x.shape).copy_(x)
 
 
-def descriptor(tensor: Tensor, box: list[int]) -> TensorDescriptor:
-    """A descriptor of a tensor; a row of the box takes at most 128 bytes."""
+def descriptor(
+    tensor: Tensor, box: list[int], shape: Sequence[int] | None = None, strides: Sequence[int] | None = None
+) -> TensorDescriptor:
+    """A descriptor of a tensor, or of its memory as one of other sizes; a row of the box takes at most 128 bytes."""
     layout = _swizzled(tensor.element_size(), box[-1], len(box))
-    return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), box, layout)
+    return TensorDescriptor(tensor, list(shape or tensor.shape), list(strides or tensor.stride()), box, layout)
 
 
 def weight_descriptor(weight: Tensor, columns: int, block_k: int) -> TensorDescriptor:
