@@ -23,8 +23,9 @@ _QUANTIZED_ROWS = 16
 _DIRECT_WEIGHTS = 60_000_000
 # The same up to which the kernel for packed weights is: it spends its time on making numbers of them, not on products.
 _PACKED_ROWS = 16
-# What it takes: K steps, rows of weights, groups of columns with a scale, and rows of w1's sides that lie together.
-_PACKED_STEP, _PACKED_WEIGHTS, _PACKED_GROUPS, _SIDE = 256, 64, (32, 64, 128), 8
+# What it takes: K steps, rows of weights, groups of columns with a scale, rows of w1's sides that lie together, and
+# weights that it reads at once.
+_PACKED_STEP, _PACKED_WEIGHTS, _PACKED_GROUPS, _SIDE, _CODES = 256, 64, (32, 64, 128), 8, 4
 # Most stages that fit with 32 rows.
 _PACKED_STAGES = 8
 # Rows an expert can expect above which the block-scaled kernel's row block is 128: less traffic, but more padding.
@@ -105,6 +106,8 @@ def packed_obstacle(problem: Problem, device: Device) -> str | None:
         return "the weights are not packed, two to a byte"
     if scheme.scale_columns not in _PACKED_GROUPS:
         return f"a scale is of {scheme.scale_columns} columns, and it takes groups of {_listed(_PACKED_GROUPS)}"
+    if problem.hidden_size % _CODES:
+        return f"H is {problem.hidden_size}, not a multiple of {_CODES}, the weights of 16 bits"
     if problem.intermediate_size % _SIDE:
         return f"I is {problem.intermediate_size}, not a multiple of {_SIDE}, of which gate and up lie side by side"
     for name, strides, address in (

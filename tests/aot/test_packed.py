@@ -1,15 +1,18 @@
 """Ahead of time, without a GPU: the kernels for packed weights compile for Hopper to what is meant."""
 
 import re
+from dataclasses import replace
 
 import pytest
 import torch
 
 pytest.importorskip("triton.experimental.gluon")
 
+from moe_ops.problem import make_problem
 from moe_ops.testing import override
+from moe_ops.tuning.variants import packed_obstacle, packed_tiles, tiles_obstacle
 from tests.amount import params
-from tests.aot.harness import compile_call
+from tests.aot.harness import DEVICES, compile_call
 from tests.quantized import quantized_case
 
 SIZES = {"num_tokens": 5, "hidden": 1024, "intermediate": 1280, "experts": 4, "top_k": 2}
@@ -33,8 +36,6 @@ VARIANTS = {
     "parts": ("int4", BF16, SIZES | {"num_tokens": 1, "intermediate": 8192}),
     "32 rows": ("int4", BF16, SIZES | {"num_tokens": 30}),
     "32 rows of mxfp4": ("mxfp4", BF16, SIZES | {"num_tokens": 30} | TAILS),
-    "64 rows": ("int4", FP16, SIZES | {"num_tokens": 60} | TAILS),
-    "64 rows of mxfp4": ("mxfp4", BF16, SIZES | {"num_tokens": 60}),
 }
 USUAL = ["int4 tails", "int4 zero points tails", "gpt-oss", "32 rows"]
 
@@ -51,3 +52,32 @@ def test_variants(name):
         assert gemm.count("ld.shared.v4") > 0 == gemm.count("st.shared.v4")
         products = re.findall(r"wgmma\.mma_async\S+\s+\{[^}]*\},\s*(\S)", gemm.ptx)
         assert products and set(products) == {"{"}
+
+
+@pytest.mark.parametrize(
+    ("form", "options", "arch", "reason"),
+    [
+        ("int4", {}, 90, None),
+        ("mxfp4", {"hidden": 36, "intermediate": 40}, 90, None),
+        ("int4", {}, 100, "10.0"),
+        ("fp8_channel", {}, 90, "not packed"),
+        ("int8_weights", {}, 90, "not packed"),
+        ("int4", {"hidden": 34}, 90, "H is 34"),
+        ("int4", {"intermediate": 36}, 90, "I is 36"),
+        ("int4", {"dtype": torch.float32}, 90, "float32"),
+    ],
+)
+def test_obstacles(form, options, arch, reason):
+    obstacle = packed_obstacle(make_problem(quantized_case(form, **{"dtype": BF16} | options)), DEVICES[arch])
+    assert obstacle is None if reason is None else reason in obstacle
+
+
+@pytest.mark.parametrize(("num_tokens", "block_m"), [(5, 16), (60, 32)])
+def test_tiles(num_tokens, block_m):
+    problem = make_problem(quantized_case("int4", BF16, **SIZES | {"num_tokens": num_tokens}))
+    tiles = packed_tiles(problem, DEVICES[90])
+    # Few tiles: all run at once with one program less on a multiprocessor, and a stage more each.
+    assert [(tile.block_m, tile.num_stages) for tile in tiles] == [(block_m, 4)] * 2
+    assert tiles_obstacle("packed", problem, *(replace(t, group_m=4, num_stages=3) for t in tiles)) is None
+    for changed in ({"block_k": 128}, {"block_m": 64}, {"num_stages": 1}, {"swap_ab": False}):
+        assert "block_m 16 or 32" in tiles_obstacle("packed", problem, *(replace(t, **changed) for t in tiles))
