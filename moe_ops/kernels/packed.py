@@ -1,11 +1,11 @@
 """The up and the down GEMM of experts of packed 4-bit weights for a few rows each, on Hopper (sm_90).
 
-A program has one row block of one expert and ROWS rows of its weights, and steps along K by 256: 128 bytes of a row of
+A program has one row block of one expert and 64 rows of its weights, and steps along K by 256: 128 bytes of a row of
 weights, which TMA brings into a ring of stages with the same columns of the rows, in planes (`kernels.layout`), which
 cp.async gathers. Weights go from there into registers, become pairs of bfloat16 or float16 there (`kernels.pairs`), and
 are the tall operand of wgmma, which takes them from there:
 
-    w    [ROWS, 64] of 16 bits    TMA ---> stage ---> registers --- 4 planes of 2 blocks of 32 ---+
+    w    [64, 64] of 16 bits      TMA ---> stage ---> registers --- 4 planes of 2 blocks of 32 ---+
     x    4 planes, 2 blocks of    cp.async ---------> stage ------------------------------------- + --> wgmma
          [BLOCK_M, 32]
 
@@ -56,27 +56,19 @@ from moe_ops.kernels.packed_ring import (
 from moe_ops.kernels.pairs import adds, pair_code, pair_offset, pair_product
 from moe_ops.kernels.rings import next_place
 
-
-@gluon.constexpr_function
-def _row_layout(rows: int) -> gl.DistributedLinearLayout:
-    """Of weights as they are stored, [rows / 8, 8, STEP]: of a block, lane t of a row's four has unit t, 16 bytes.
-
-    Lanes side by side have rows r and r + 4, which swizzling keeps in different banks.
-    """
-    return gl.DistributedLinearLayout(
-        [[0, 0, 1], [1, 0, 0], [0, 0, 2], [0, 0, 4], [0, 0, 32], *([[8, 0, 0]] if rows == 128 else [])],
-        [[0, 0, 8], [0, 0, 16], [0, 4, 0], [0, 1, 0], [0, 2, 0]], [[2, 0, 0], [4, 0, 0]], [], [rows // 8, 8, 64],
-    )  # fmt: skip
-
-
-@gluon.constexpr_function
-def _block_layout(rows: int) -> gl.DistributedLinearLayout:
-    """Of one block of them, [rows, units, elements]."""
-    return gl.DistributedLinearLayout(
-        [[0, 0, 1], [8, 0, 0], [0, 0, 2], [0, 0, 4], *([[64, 0, 0]] if rows == 128 else [])],
-        [[0, 1, 0], [0, 2, 0], [1, 0, 0], [2, 0, 0], [4, 0, 0]],
-        [[16, 0, 0], [32, 0, 0]], [], [rows, 4, 8],
-    )  # fmt: skip
+# Rows of weights of a tile.
+_ROWS = gl.constexpr(64)
+# Of weights as they are stored, [8, 8, STEP]: of a block, lane t of a row's four has unit t, 16 bytes. Lanes side by side
+# have rows r and r + 4, which swizzling keeps in different banks.
+_STORED_LAYOUT = gl.constexpr(gl.DistributedLinearLayout(
+    [[0, 0, 1], [1, 0, 0], [0, 0, 2], [0, 0, 4], [0, 0, 32]],
+    [[0, 0, 8], [0, 0, 16], [0, 4, 0], [0, 1, 0], [0, 2, 0]], [[2, 0, 0], [4, 0, 0]], [], [8, 8, 64],
+))  # fmt: skip
+# Of one block of them in the order of wgmma's rows, [_ROWS, units, elements].
+_BLOCK_LAYOUT = gl.constexpr(gl.DistributedLinearLayout(
+    [[0, 0, 1], [8, 0, 0], [0, 0, 2], [0, 0, 4]],
+    [[0, 1, 0], [0, 2, 0], [1, 0, 0], [2, 0, 0], [4, 0, 0]], [[16, 0, 0], [32, 0, 0]], [], [64, 4, 8],
+))  # fmt: skip
 
 
 @gluon.jit
@@ -123,23 +115,23 @@ def _times(values, scale, DTYPE: gl.constexpr):
 
 
 @gluon.jit
-def _operand(values, ROWS: gl.constexpr, LAYOUT: gl.constexpr):
-    """A plane of a block [ROWS, 4, 8], as wgmma's left operand in `layout.unit_order`; it moves nothing."""
-    values = values.reshape((ROWS, 4, 4, 2)).permute((0, 2, 1, 3)).reshape((ROWS, BLOCK))
+def _operand(values, LAYOUT: gl.constexpr):
+    """A plane of a block [_ROWS, 4, 8], as wgmma's left operand in `layout.unit_order`; it moves nothing."""
+    values = values.reshape((_ROWS, 4, 4, 2)).permute((0, 2, 1, 3)).reshape((_ROWS, BLOCK))
     return gl.convert_layout(values, gl.DotOperandLayout(0, LAYOUT, 2), assert_trivial=True)
 
 
 @gluon.jit
 def _stored(ptrs, stride_k, mask, step, block: gl.constexpr, K: gl.constexpr, SCALE_COLUMNS: gl.constexpr,
-            UNITS: gl.constexpr, LAYOUT: gl.constexpr):  # fmt: skip
+            UNITS: gl.constexpr):  # fmt: skip
     """What groups of columns have (scales, zero points), for a block of a step, as stored; past K there is 0.
 
-    [ROWS] where a group is a block (UNITS False), else [ROWS, 4] in LAYOUT, one for each unit.
+    [_ROWS] where a group is a block (UNITS False), else [_ROWS, 4], one for each unit.
     """
     COLUMNS: gl.constexpr = BLOCK * PLANES
     k = step * BLOCK_K + block * COLUMNS
     if UNITS:
-        k += gl.arange(0, 4, gl.SliceLayout(0, LAYOUT)) * (COLUMNS // 4)
+        k += gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(2, _BLOCK_LAYOUT))) * (COLUMNS // 4)
         group_ptrs = ptrs[:, None] + (k // SCALE_COLUMNS).to(gl.int64)[None, :] * stride_k
         return gl.load(group_ptrs, mask=mask[:, None] & (k < K)[None, :], other=0)
     else:
@@ -147,37 +139,34 @@ def _stored(ptrs, stride_k, mask, step, block: gl.constexpr, K: gl.constexpr, SC
 
 
 @gluon.jit
-def _offset(stored_zero, odd, HAS_ZERO: gl.constexpr, FORMAT: gl.constexpr, DTYPE: gl.constexpr, ROWS: gl.constexpr,
-            LAYOUT: gl.constexpr):  # fmt: skip
-    """What `_pairs` adds to a block: the zero point and what the numbers have too much, negative. [ROWS, 4, 8]"""
+def _offset(stored_zero, odd, HAS_ZERO: gl.constexpr, FORMAT: gl.constexpr, DTYPE: gl.constexpr):
+    """What `_pairs` adds to a block: the zero point and what the numbers have too much, negative. [_ROWS, 4, 8]"""
     if HAS_ZERO:
         zero = ((stored_zero.to(gl.int32) >> (4 * odd)[:, None]) & 15).to(gl.float32)
-        return (-(zero + pair_offset(FORMAT, DTYPE))).to(DTYPE)[:, :, None].broadcast_to((ROWS, 4, 8))
+        return (-(zero + pair_offset(FORMAT, DTYPE))).to(DTYPE)[:, :, None].broadcast_to((_ROWS, 4, 8))
     else:
         # The middle of int4; e2m1 has nothing added.
-        return gl.full((ROWS, 4, 8), -(pair_offset(FORMAT, DTYPE) + 8.0), DTYPE, LAYOUT)
+        return gl.full((_ROWS, 4, 8), -(pair_offset(FORMAT, DTYPE) + 8.0), DTYPE, _BLOCK_LAYOUT)
 
 
 @gluon.jit
 def _block_product(q, x_smem, place, total, FRESH: gl.constexpr, scale, zero, odd, HAS_ZERO: gl.constexpr,
-                   ROWS: gl.constexpr, FORMAT: gl.constexpr, UNITS: gl.constexpr, DTYPE: gl.constexpr,
-                   LAYOUT: gl.constexpr):  # fmt: skip
+                   FORMAT: gl.constexpr, UNITS: gl.constexpr, DTYPE: gl.constexpr, LAYOUT: gl.constexpr):  # fmt: skip
     """Starts the products of a block's planes, added to `total` or, if FRESH, by themselves.
 
     A plane is made while the one before it is multiplied: the result is there but for the last plane, and what was
     started before it is.
     """
-    BLOCK_LAYOUT: gl.constexpr = _block_layout(ROWS)
-    q = gl.convert_layout(q, BLOCK_LAYOUT, assert_trivial=True)
-    offset = _offset(zero, odd, HAS_ZERO, FORMAT, DTYPE, ROWS, BLOCK_LAYOUT)
+    q = gl.convert_layout(q, _BLOCK_LAYOUT, assert_trivial=True)
+    offset = _offset(zero, odd, HAS_ZERO, FORMAT, DTYPE)
     if UNITS:
-        scale = _scale_of(scale, FORMAT, DTYPE)[:, :, None].broadcast_to((ROWS, 4, 8))
+        scale = _scale_of(scale, FORMAT, DTYPE)[:, :, None].broadcast_to((_ROWS, 4, 8))
     for plane in gl.static_range(PLANES):
         values = _pairs(q, offset, plane, FORMAT, DTYPE)
         if UNITS:
             values = _times(values, scale, DTYPE)
         x = x_smem.index(place + plane * (STEP // BLOCK)).permute((1, 0))
-        pending = warpgroup_mma(_operand(values, ROWS, LAYOUT), x, total, use_acc=not (FRESH and plane == 0),
+        pending = warpgroup_mma(_operand(values, LAYOUT), x, total, use_acc=not (FRESH and plane == 0),
                                 is_async=True)  # fmt: skip
         total = warpgroup_mma_wait(1, deps=(pending,))
     return total
@@ -185,9 +174,9 @@ def _block_product(q, x_smem, place, total, FRESH: gl.constexpr, scale, zero, od
 
 @gluon.jit
 def _accumulate(rings, tile, side, GATED: gl.constexpr, INTERLEAVED: gl.constexpr, N: gl.constexpr, K: gl.constexpr,
-                ROWS: gl.constexpr, FORMAT: gl.constexpr, SCALE_COLUMNS: gl.constexpr, DTYPE: gl.constexpr,
-                SPLITS: gl.constexpr, LAYOUT: gl.constexpr):  # fmt: skip
-    """The mainloop: weights @ rows^T over the tile's steps, in fp32. [ROWS, BLOCK_M]
+                FORMAT: gl.constexpr, SCALE_COLUMNS: gl.constexpr, DTYPE: gl.constexpr, SPLITS: gl.constexpr,
+                LAYOUT: gl.constexpr):  # fmt: skip
+    """The mainloop: weights @ rows^T over the tile's steps, in fp32. [_ROWS, BLOCK_M]
 
     side: scales and zero points, each with their strides.
     """
@@ -198,57 +187,57 @@ def _accumulate(rings, tile, side, GATED: gl.constexpr, INTERLEAVED: gl.constexp
     BLOCK_M: gl.constexpr = x_smem.shape[1]
     UNITS: gl.constexpr = SCALE_COLUMNS < BLOCK * PLANES
     HAS_ZERO: gl.constexpr = zero_ptr is not None
-    UNIT_LAYOUT: gl.constexpr = gl.SliceLayout(2, _block_layout(ROWS))
-    SCALE_LAYOUT: gl.constexpr = gl.SliceLayout(1, UNIT_LAYOUT if UNITS else LAYOUT)
+    UNIT_LAYOUT: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, _BLOCK_LAYOUT))
+    SCALE_LAYOUT: gl.constexpr = UNIT_LAYOUT if UNITS else gl.SliceLayout(1, LAYOUT)
     first, last = steps_of(split, triton.cdiv(K, BLOCK_K), SPLITS)
-    rows, w_mask = weight_rows(block_n * ROWS, N, ROWS, GATED, INTERLEAVED, SCALE_LAYOUT)
+    rows, w_mask = weight_rows(block_n * _ROWS, N, _ROWS, GATED, INTERLEAVED, SCALE_LAYOUT)
     scale_ptrs = scale_ptr + expert.to(gl.int64) * stride_se + rows.to(gl.int64) * stride_sn
-    scale0 = _stored(scale_ptrs, stride_sk, w_mask, first, 0, K, SCALE_COLUMNS, UNITS, UNIT_LAYOUT)
-    scale1 = _stored(scale_ptrs, stride_sk, w_mask, first, 1, K, SCALE_COLUMNS, UNITS, UNIT_LAYOUT)
+    scale0 = _stored(scale_ptrs, stride_sk, w_mask, first, 0, K, SCALE_COLUMNS, UNITS)
+    scale1 = _stored(scale_ptrs, stride_sk, w_mask, first, 1, K, SCALE_COLUMNS, UNITS)
     zero0 = 0
     zero1 = 0
     odd = 0
     if HAS_ZERO:
-        rows, z_mask = weight_rows(block_n * ROWS, N, ROWS, GATED, INTERLEAVED, gl.SliceLayout(1, UNIT_LAYOUT))
+        rows, z_mask = weight_rows(block_n * _ROWS, N, _ROWS, GATED, INTERLEAVED, UNIT_LAYOUT)
         odd = rows % 2
         zero_ptrs = zero_ptr + expert.to(gl.int64) * stride_ze + (rows // 2).to(gl.int64) * stride_zn
-        zero0 = _stored(zero_ptrs, stride_zk, z_mask, first, 0, K, SCALE_COLUMNS, True, UNIT_LAYOUT)
-        zero1 = _stored(zero_ptrs, stride_zk, z_mask, first, 1, K, SCALE_COLUMNS, True, UNIT_LAYOUT)
-    acc = gl.zeros((ROWS, BLOCK_M), gl.float32, LAYOUT)
-    none = gl.zeros((ROWS, BLOCK_M), gl.float32, LAYOUT)
+        zero0 = _stored(zero_ptrs, stride_zk, z_mask, first, 0, K, SCALE_COLUMNS, True)
+        zero1 = _stored(zero_ptrs, stride_zk, z_mask, first, 1, K, SCALE_COLUMNS, True)
+    acc = gl.zeros((_ROWS, BLOCK_M), gl.float32, LAYOUT)
+    none = gl.zeros((_ROWS, BLOCK_M), gl.float32, LAYOUT)
     stage = 0
     phase = 0
     for step in range(first, last):
         mbarrier.wait(full.index(stage), phase)
-        q = w_smem.index(stage).reshape((ROWS // 8, 8, STEP)).load(_row_layout(ROWS))
+        q = w_smem.index(stage).reshape((_ROWS // 8, 8, STEP)).load(_STORED_LAYOUT)
         # In the order of wgmma's rows, then block by block; what the compiler calls it moves nothing.
-        q = q.reshape((ROWS // 8, 2, 4, 2, 4, 8)).permute((0, 2, 1, 4, 5, 3)).reshape((ROWS, 4, 8, 2))
+        q = q.reshape((_ROWS // 8, 2, 4, 2, 4, 8)).permute((0, 2, 1, 4, 5, 3)).reshape((_ROWS, 4, 8, 2))
         q0, q1 = q.split()
         place = stage * (PLANES * (STEP // BLOCK))
         # What belongs to a block is asked for again as soon as it is used, a step ahead: nothing else would cover the
         # way to memory of loads this small. Sooner, it would be copied, and so waited for.
-        total0 = _block_product(q0, x_smem, place, none, True, scale0, zero0, odd, HAS_ZERO, ROWS, FORMAT, UNITS, DTYPE,
+        total0 = _block_product(q0, x_smem, place, none, True, scale0, zero0, odd, HAS_ZERO, FORMAT, UNITS, DTYPE,
                                 LAYOUT)  # fmt: skip
         if UNITS:
-            scale0 = _stored(scale_ptrs, stride_sk, w_mask, step + 1, 0, K, SCALE_COLUMNS, UNITS, UNIT_LAYOUT)
+            scale0 = _stored(scale_ptrs, stride_sk, w_mask, step + 1, 0, K, SCALE_COLUMNS, UNITS)
         if HAS_ZERO:
-            zero0 = _stored(zero_ptrs, stride_zk, z_mask, step + 1, 0, K, SCALE_COLUMNS, True, UNIT_LAYOUT)
+            zero0 = _stored(zero_ptrs, stride_zk, z_mask, step + 1, 0, K, SCALE_COLUMNS, True)
         total1 = _block_product(q1, x_smem, place + 1, total0 if UNITS else none, not UNITS, scale1, zero1, odd,
-                                HAS_ZERO, ROWS, FORMAT, UNITS, DTYPE, LAYOUT)  # fmt: skip
+                                HAS_ZERO, FORMAT, UNITS, DTYPE, LAYOUT)  # fmt: skip
         if not UNITS:
             acc += total0 * scale0.to(gl.float32)[:, None]
-            scale0 = _stored(scale_ptrs, stride_sk, w_mask, step + 1, 0, K, SCALE_COLUMNS, UNITS, UNIT_LAYOUT)
+            scale0 = _stored(scale_ptrs, stride_sk, w_mask, step + 1, 0, K, SCALE_COLUMNS, UNITS)
         if UNITS:
-            scale1 = _stored(scale_ptrs, stride_sk, w_mask, step + 1, 1, K, SCALE_COLUMNS, UNITS, UNIT_LAYOUT)
+            scale1 = _stored(scale_ptrs, stride_sk, w_mask, step + 1, 1, K, SCALE_COLUMNS, UNITS)
         if HAS_ZERO:
-            zero1 = _stored(zero_ptrs, stride_zk, z_mask, step + 1, 1, K, SCALE_COLUMNS, True, UNIT_LAYOUT)
+            zero1 = _stored(zero_ptrs, stride_zk, z_mask, step + 1, 1, K, SCALE_COLUMNS, True)
         total1 = warpgroup_mma_wait(0, deps=(total1,))
         mbarrier.arrive(empty.index(stage), count=1)
         if UNITS:
             acc += total1
         else:
             acc += total1 * scale1.to(gl.float32)[:, None]
-            scale1 = _stored(scale_ptrs, stride_sk, w_mask, step + 1, 1, K, SCALE_COLUMNS, UNITS, UNIT_LAYOUT)
+            scale1 = _stored(scale_ptrs, stride_sk, w_mask, step + 1, 1, K, SCALE_COLUMNS, UNITS)
         stage, phase = next_place(stage, phase, STAGES)
     return acc
 
@@ -269,7 +258,7 @@ def weight_rows(first_row, N: gl.constexpr, ROWS: gl.constexpr, GATED: gl.conste
 
 @gluon.jit
 def _stored_row(row):
-    """Which of eight rows that lie together is a row of wgmma's; see `_row_layout`."""
+    """Which of eight rows that lie together is a row of wgmma's; see `_STORED_LAYOUT`."""
     return row // 2 + row % 2 * 4
 
 
@@ -282,19 +271,18 @@ def _consume_up(rings, tile, side, routing, epilogue, N: gl.constexpr, K: gl.con
     block_m, block_n, split, expert = tile
     sorted_routes_ptr, num_routes = routing
     bias_ptr, stride_be, router_weights_ptr, act_ptr, stride_am, alpha, limit = epilogue
-    ROWS: gl.constexpr = 2 * BLOCK_N if GATED else BLOCK_N
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
     if expert >= 0:
-        acc = _accumulate(rings, tile, side, GATED, INTERLEAVED, N, K, ROWS, FORMAT, SCALE_COLUMNS, DTYPE, 1, LAYOUT)
+        acc = _accumulate(rings, tile, side, GATED, INTERLEAVED, N, K, FORMAT, SCALE_COLUMNS, DTYPE, 1, LAYOUT)
         rows, routes, mask = rows_of(block_m, sorted_routes_ptr, num_routes, BLOCK_M, gl.SliceLayout(0, LAYOUT))
         if router_weights_ptr is not None:
             acc *= gl.load(router_weights_ptr + routes, mask=mask, other=0.0).to(gl.float32)[None, :]
         if bias_ptr is not None:
-            w_rows, there = weight_rows(block_n * ROWS, N, ROWS, GATED, INTERLEAVED, gl.SliceLayout(1, LAYOUT))
+            w_rows, there = weight_rows(block_n * _ROWS, N, _ROWS, GATED, INTERLEAVED, gl.SliceLayout(1, LAYOUT))
             bias = gl.load(bias_ptr + expert.to(gl.int64) * stride_be + w_rows, mask=there, other=0.0)
             acc += bias.to(gl.float32)[:, None]
         if GATED:
-            gate, up = acc.reshape((ROWS // PIECE, 2, PIECE // 2, BLOCK_M)).permute((0, 2, 3, 1)).split()
+            gate, up = acc.reshape((_ROWS // PIECE, 2, PIECE // 2, BLOCK_M)).permute((0, 2, 3, 1)).split()
             y = activate_gated(gate, up, ACTIVATION, HAS_LIMIT, alpha, limit).reshape((BLOCK_N, BLOCK_M))
         else:
             y = nonlinearity(acc, ACTIVATION, alpha)
@@ -323,7 +311,7 @@ def _consume_down(rings, tile, side, routing, epilogue, N: gl.constexpr, K: gl.c
     bias_ptr, stride_be, rows_ptr, stride_rm, max_rows = epilogue
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
     if expert >= 0:
-        acc = _accumulate(rings, tile, side, False, False, N, K, BLOCK_N, FORMAT, SCALE_COLUMNS, DTYPE, SPLITS, LAYOUT)
+        acc = _accumulate(rings, tile, side, False, False, N, K, FORMAT, SCALE_COLUMNS, DTYPE, SPLITS, LAYOUT)
         columns, exists = weight_rows(block_n * BLOCK_N, N, BLOCK_N, False, False, gl.SliceLayout(1, LAYOUT))
         if bias_ptr is not None:
             # Of one part alone.
@@ -363,9 +351,8 @@ def packed_up_kernel(
         (_consume_up, (rings, tile, side, routing, epilogue, N, K, ACTIVATION, GATED, INTERLEAVED, HAS_LIMIT, FORMAT,
                        SCALE_COLUMNS, x_ptr.dtype.element_ty, BLOCK_M, BLOCK_N)),
         (fill_rows, (rings, tile, x_ptr, stride_xm, sorted_routes_ptr, num_routes, K, TOP_K, BLOCK_M, 1, False,
-                      PROXY_FENCE)),
-        (fill_weights, (rings, tile, weights_desc, 2 * BLOCK_N if GATED else BLOCK_N, triton.cdiv(K, BLOCK_K), 1,
-                         GATED)),
+                     PROXY_FENCE)),
+        (fill_weights, (rings, tile, weights_desc, _ROWS, triton.cdiv(K, BLOCK_K), 1, GATED)),
     ], [1, 1], [filler_registers(BLOCK_M), filler_registers(BLOCK_M)])  # fmt: skip
 
 
@@ -391,6 +378,6 @@ def packed_down_kernel(
         (_consume_down, (rings, tile, side, routing, epilogue, N, K, FORMAT, SCALE_COLUMNS, act_ptr.dtype.element_ty,
                          BLOCK_M, BLOCK_N, SPLITS)),
         (fill_rows, (rings, tile, act_ptr, stride_am, sorted_routes_ptr, num_routes, K, 0, BLOCK_M, SPLITS, PDL,
-                      PROXY_FENCE)),
-        (fill_weights, (rings, tile, weights_desc, BLOCK_N, triton.cdiv(K, BLOCK_K), SPLITS, False)),
+                     PROXY_FENCE)),
+        (fill_weights, (rings, tile, weights_desc, _ROWS, triton.cdiv(K, BLOCK_K), SPLITS, False)),
     ], [1, 1], [filler_registers(BLOCK_M), filler_registers(BLOCK_M)])  # fmt: skip

@@ -80,7 +80,7 @@ def steps_of(split, STEPS: gl.constexpr, SPLITS: gl.constexpr):
 
 @gluon.jit
 def fill_weights(rings, tile, weights_desc, ROWS: gl.constexpr, STEPS: gl.constexpr, SPLITS: gl.constexpr,
-                  GATED: gl.constexpr):  # fmt: skip
+                 GATED: gl.constexpr):  # fmt: skip
     """The warp that asks for the weights, by TMA."""
     w_smem, x_smem, full, empty = rings
     block_m, block_n, split, expert = tile
@@ -103,7 +103,7 @@ def fill_weights(rings, tile, weights_desc, ROWS: gl.constexpr, STEPS: gl.conste
 
 @gluon.jit
 def fill_rows(rings, tile, row_ptr, stride_rm, sorted_routes_ptr, num_routes, K: gl.constexpr, TOP_K: gl.constexpr,
-               BLOCK_M: gl.constexpr, SPLITS: gl.constexpr, WAIT: gl.constexpr, FENCE: gl.constexpr):  # fmt: skip
+              BLOCK_M: gl.constexpr, SPLITS: gl.constexpr, WAIT: gl.constexpr, FENCE: gl.constexpr):  # fmt: skip
     """The warp that copies the rows, plane by plane and block by block; padding rows are zeros, and are not read.
 
     TOP_K: routes of a token, whose rows these are; 0: sorted rows. WAIT: for the launch before this one, which makes
