@@ -58,8 +58,8 @@ from moe_ops.kernels.rings import next_place
 
 # Rows of weights of a tile.
 _ROWS = gl.constexpr(64)
-# Of weights as they are stored, [8, 8, STEP]: of a block, lane t of a row's four has unit t, 16 bytes. Lanes side by side
-# have rows r and r + 4, which swizzling keeps in different banks.
+# Of weights as they are stored, [8, 8, STEP]: of a block, lane t of a row's four has unit t, 16 bytes. Lanes side by
+# side have rows r and r + 4, which swizzling keeps in different banks.
 _STORED_LAYOUT = gl.constexpr(gl.DistributedLinearLayout(
     [[0, 0, 1], [1, 0, 0], [0, 0, 2], [0, 0, 4], [0, 0, 32]],
     [[0, 0, 8], [0, 0, 16], [0, 4, 0], [0, 1, 0], [0, 2, 0]], [[2, 0, 0], [4, 0, 0]], [], [8, 8, 64],
