@@ -62,7 +62,7 @@ def test_hopper(name, num_tokens):
 @pytest.mark.parametrize("name", WEIGHTS)
 def test_many_steps(name, num_tokens):
     args = quantized_case(
-        name, torch.bfloat16, num_tokens=num_tokens, hidden=1024, intermediate=1280, experts=8, top_k=2
+        name, torch.bfloat16, num_tokens=num_tokens, hidden=1024, intermediate=2304, experts=8, top_k=2
     )
     with override(variant="sorted"):
         kernels = compile_call(args, 90)
