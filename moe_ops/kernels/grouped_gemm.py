@@ -41,7 +41,7 @@ from moe_ops.kernels.layout import (
 
 
 @triton.jit
-def _tile(pid, num_m, num_n, GROUP_M: tl.constexpr):
+def tile(pid, num_m, num_n, GROUP_M: tl.constexpr):
     """Program -> (row block, column block): GROUP_M row blocks sweep the columns together and share weights in L2."""
     width = GROUP_M * num_n
     first_m = (pid // width) * GROUP_M
@@ -242,7 +242,7 @@ def up_kernel(
     if PDL:
         gdc_wait()
     num_n = tl.cdiv(I, BLOCK_N)
-    pid_m, pid_n = _tile(tl.program_id(0), tl.num_programs(0) // num_n, num_n, GROUP_M)
+    pid_m, pid_n = tile(tl.program_id(0), tl.num_programs(0) // num_n, num_n, GROUP_M)
     expert = tl.load(tile_experts_ptr + pid_m)
     if expert < 0:
         return
@@ -317,7 +317,7 @@ def down_kernel(
     num_n = tl.cdiv(H, BLOCK_N)
     num_m = tl.num_programs(0) // SPLITS // num_n
     split = tl.program_id(0) % SPLITS
-    pid_m, pid_n = _tile(tl.program_id(0) // SPLITS, num_m, num_n, GROUP_M)
+    pid_m, pid_n = tile(tl.program_id(0) // SPLITS, num_m, num_n, GROUP_M)
     expert = tl.load(tile_experts_ptr + pid_m)
     if expert < 0:
         return

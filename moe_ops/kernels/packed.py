@@ -38,6 +38,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup
 
 from moe_ops.kernels.activation import activate_gated, nonlinearity
 from moe_ops.kernels.compat import gdc_launch_dependents, gdc_wait
+from moe_ops.kernels.dequantize import scales_of
 from moe_ops.kernels.layout import in_planes
 from moe_ops.kernels.packed_ring import (
     BLOCK,
@@ -48,6 +49,7 @@ from moe_ops.kernels.packed_ring import (
     fill_rows,
     fill_weights,
     filler_registers,
+    plane_width,
     rows_of,
     start,
     steps_of,
@@ -83,24 +85,6 @@ def _pairs(q, offset, plane: gl.constexpr, FORMAT: gl.constexpr, DTYPE: gl.const
         return gl.inline_asm_elementwise(
             pair_code(FORMAT, DTYPE, plane, False), "=r,r", [q], dtype=offset.dtype, is_pure=True, pack=2
         )
-
-
-@gluon.jit
-def _scale_of(stored, FORMAT: gl.constexpr, DTYPE: gl.constexpr):
-    """Scales as they are stored -> in DTYPE where it holds them exactly, else in fp32."""
-    if FORMAT == "mxfp4_w4a16":
-        e = stored.to(gl.int32)
-        if gl.bfloat16 == DTYPE:
-            # bfloat16's exponent field; 2^-127 is subnormal, and the field of NaN alone would be infinity's.
-            bits = gl.where(e == 255, 0x7FC0, gl.maximum(e << 7, 1 << 6))
-            return bits.to(gl.int16).to(gl.bfloat16, bitcast=True)
-        else:
-            bits = gl.where(e == 255, 0x7FC00000, gl.maximum(e << 23, 1 << 22))
-            return bits.to(gl.float32, bitcast=True)
-    elif stored.dtype == DTYPE:
-        return stored
-    else:
-        return stored.to(gl.float32)
 
 
 @gluon.jit
@@ -160,7 +144,7 @@ def _block_product(q, x_smem, place, total, FRESH: gl.constexpr, scale, zero, od
     q = gl.convert_layout(q, _BLOCK_LAYOUT, assert_trivial=True)
     offset = _offset(zero, odd, HAS_ZERO, FORMAT, DTYPE)
     if UNITS:
-        scale = _scale_of(scale, FORMAT, DTYPE)[:, :, None].broadcast_to((_ROWS, 4, 8))
+        scale = scales_of(scale, DTYPE, FORMAT)[:, :, None].broadcast_to((_ROWS, 4, 8))
     for plane in gl.static_range(PLANES):
         values = _pairs(q, offset, plane, FORMAT, DTYPE)
         if UNITS:
@@ -292,7 +276,7 @@ def _consume_up(rings, tile, side, routing, epilogue, N: gl.constexpr, K: gl.con
         act_ptrs = act_ptr + rows.to(gl.int64)[None, :] * stride_am
         gl.store(act_ptrs + in_planes(columns, N, PLANES)[:, None], y.to(act_ptr.dtype.element_ty),
                  mask=mask[None, :] & exists[:, None])  # fmt: skip
-        WIDTH: gl.constexpr = (N // PLANES + BLOCK - 1) // BLOCK * BLOCK
+        WIDTH: gl.constexpr = plane_width(N)
         if WIDTH * PLANES > N and block_n == triton.cdiv(N, BLOCK_N) - 1:
             # The zeros that a plane ends with.
             behind = N + gl.arange(0, BLOCK * PLANES, gl.SliceLayout(1, OUT))

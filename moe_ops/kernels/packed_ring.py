@@ -10,6 +10,7 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
 from moe_ops.kernels.compat import block_barrier, cp_async, gdc_launch_dependents, gdc_wait, tma_load
+from moe_ops.kernels.grouped_gemm import tile
 from moe_ops.kernels.rings import next_place
 
 PLANES = gl.constexpr(4)
@@ -21,6 +22,12 @@ BLOCK_K = gl.constexpr(256)
 PIECE = gl.constexpr(16)
 # Of a block of rows as it is copied, 16 bytes a thread.
 ROWS_LAYOUT = gl.constexpr(gl.BlockedLayout([1, 8], [8, 4], [1, 1], [1, 0]))
+
+
+@gluon.constexpr_function
+def plane_width(columns: int) -> int:
+    """As `layout.plane_stride`, before the kernel is compiled."""
+    return triton.cdiv(columns // PLANES.value, BLOCK.value) * BLOCK.value
 
 
 @gluon.constexpr_function
@@ -48,19 +55,12 @@ def start(weights_desc, DTYPE: gl.constexpr, BLOCK_M: gl.constexpr, STAGES: gl.c
 
 @gluon.jit
 def tile_of(tile_experts_ptr, NUM_N: gl.constexpr, GROUP_M: gl.constexpr, SPLITS: gl.constexpr):
-    """(row block, column block, part of K, expert) of this program.
-
-    GROUP_M row blocks sweep the columns together and share weights in L2.
-    """
+    """(row block, column block, part of K, expert) of this program."""
     num_m = gl.num_programs(0) // SPLITS // NUM_N
-    pid = gl.program_id(0) // SPLITS
-    width: gl.constexpr = GROUP_M * NUM_N
-    first_m = (pid // width) * GROUP_M
-    group = gl.minimum(num_m - first_m, GROUP_M)
-    block_m = first_m + (pid % width) % group
+    block_m, block_n = tile(gl.program_id(0) // SPLITS, num_m, NUM_N, GROUP_M)
     # Past the L1, which may still have a line of the call before this one.
     expert = gl.load(tile_experts_ptr + block_m, cache_modifier=".cg")
-    return block_m, (pid % width) // group, gl.program_id(0) % SPLITS, expert
+    return block_m, block_n, gl.program_id(0) % SPLITS, expert
 
 
 @gluon.jit
@@ -112,7 +112,7 @@ def fill_rows(rings, tile, row_ptr, stride_rm, sorted_routes_ptr, num_routes, K:
     w_smem, x_smem, full, empty = rings
     block_m, block_n, split, expert = tile
     STAGES: gl.constexpr = w_smem.shape[0]
-    WIDTH: gl.constexpr = (K // PLANES + BLOCK - 1) // BLOCK * BLOCK
+    WIDTH: gl.constexpr = plane_width(K)
     if WAIT:
         gdc_wait()
         gdc_launch_dependents()

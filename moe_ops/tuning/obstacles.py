@@ -55,7 +55,7 @@ def tuned_obstacle(
     if obstacle is not None:
         return obstacle
     if variant == "packed":
-        return None
+        return None  # what its tiles may be fits
     if variant in ("pingpong", "blockscaled"):
         return _stages_obstacle(problem, variant, up, down)
     gated = problem.activation.gated

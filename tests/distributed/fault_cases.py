@@ -1,5 +1,6 @@
 """What each rank runs when another has died, or does not come."""
 
+import contextlib
 import datetime
 import os
 import time
@@ -17,6 +18,19 @@ FAULT_TIMEOUT, LATE = 5, 8
 RAISED, RETURNED, WRONG = 3, 4, 5
 
 
+@contextlib.contextmanager
+def _fails(reason, seconds):
+    """What is in the block raises an error of ours that names this reason, within so many seconds."""
+    start = time.monotonic()
+    try:
+        yield
+    except RuntimeError as error:
+        assert "failed on rank" in str(error) and reason in str(error), error
+    else:
+        raise AssertionError("no error")
+    assert time.monotonic() - start < seconds
+
+
 @CASES
 def wrong_on_one_rank(me):
     """Without the check the others find out by the group's timeout, and no later; the message says what it can be."""
@@ -27,14 +41,8 @@ def wrong_on_one_rank(me):
         positional, named = of_experts(of_rank(args, [3] * me.size, me.rank), ep.local_experts)
         if me.rank == 0:
             continue
-        start = time.monotonic()
-        try:
+        with _fails("slower than the group's timeout", 10):
             ep.fused_moe(*positional, **named)
-        except RuntimeError as error:
-            assert "failed on rank" in str(error) and "slower than the group's timeout" in str(error), error
-        else:
-            raise AssertionError("no error")
-        assert time.monotonic() - start < 10
         break
     # The group is broken, which is what the case is about; the default one is not.
     me.agreed("wrong_on_one_rank done", True)
@@ -47,14 +55,8 @@ def dead_rank(me):
     if me.rank == 0:
         open(f"{me.folder}/dead_rank.0", "w").close()
         os._exit(0)
-    start = time.monotonic()
-    try:
+    with _fails("has died", 25):
         check(me, args, [3] * me.size)
-    except RuntimeError as error:
-        assert "failed on rank" in str(error) and "has died" in str(error), error
-    else:
-        raise AssertionError("no error")
-    assert time.monotonic() - start < 25
     open(f"{me.folder}/dead_rank.{me.rank}", "w").close()
     os._exit(0)
 
@@ -68,14 +70,8 @@ def slow_rank(me):
     ep.fused_moe(*positional, **named)
     if me.rank == 0:
         time.sleep(timeout + 1)
-    start = time.monotonic()
-    try:
+    with _fails("slower than the group's timeout", 10):
         ep.fused_moe(*positional, **named)
-    except RuntimeError as error:
-        assert "failed on rank" in str(error) and "slower than the group's timeout" in str(error), error
-    else:
-        raise AssertionError("no error")
-    assert time.monotonic() - start < 10
     me.agreed("slow_rank done", True)
 
 

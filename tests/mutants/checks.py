@@ -283,26 +283,27 @@ def sum_ranks(rank: int) -> None:
     torch.testing.assert_close(got, exchange.sum_ranks(own, back, rank, torch.float32), rtol=0, atol=0)
 
 
-def blockscaled(name: str, **sizes) -> None:
-    """A format of blocks through the block-scaled kernel, with more tiles than its programs hold, five times over."""
-    sizes = {"num_tokens": 700, "hidden": 288, "intermediate": 160} | sizes
-    args = quantized_case(name, torch.bfloat16, "cuda", **sizes)
-    with override(path="tma", variant="blockscaled"), poisoned_memory():
+def five_times(args: Arguments, **forced) -> None:
+    """A call on the TMA path as it is forced: right, and five times over the same."""
+    with override(path="tma", **forced), poisoned_memory():
         out = run(args)
         assert_correct(out, args)
         for _ in range(5):
             assert torch.equal(run(args), out)
+
+
+def blockscaled(name: str, **sizes) -> None:
+    """A format of blocks through the block-scaled kernel, with more tiles than its programs hold, five times over."""
+    sizes = {"num_tokens": 700, "hidden": 288, "intermediate": 160} | sizes
+    args = quantized_case(name, torch.bfloat16, "cuda", **sizes)
+    five_times(args, variant="blockscaled")
 
 
 def packed(name: str, splits: int = 1, **sizes) -> None:
     """A format of 4 bits through the kernels for few rows, five times over."""
     sizes = {"num_tokens": 40, "hidden": 288, "intermediate": 160, "bias": True} | sizes
     args = quantized_case(name, torch.bfloat16, "cuda", **sizes)
-    with override(path="tma", variant="packed", splits=splits), poisoned_memory():
-        out = run(args)
-        assert_correct(out, args)
-        for _ in range(5):
-            assert torch.equal(run(args), out)
+    five_times(args, variant="packed", splits=splits)
 
 
 def pingpong(name: str, **sizes) -> None:
@@ -311,11 +312,7 @@ def pingpong(name: str, **sizes) -> None:
     args = option_case(name, torch.bfloat16, "cuda", **sizes)
     # NaN behind every token, in rows that are still multiples of 16 bytes.
     args.hidden_states = functional.pad(args.hidden_states, (0, 24), value=float("nan"))[:, :-24]
-    with override(path="tma", variant="pingpong"), poisoned_memory():
-        out = run(args)
-        assert_correct(out, args)
-        for _ in range(5):
-            assert torch.equal(run(args), out)
+    five_times(args, variant="pingpong")
 
 
 SORTED_OPTIONS = [
