@@ -133,7 +133,7 @@ step int8-channel 60 1 "${bench[@]}" --format int8_channel --variant tma "${few[
 step eager-bf16 45 1 "${bench[@]}" --eager --tokens 1
 step host-cost 30 0 "$PYTHON" benchmarks/host_cost.py --json RESULT "${host[@]}"
 step topk-route 45 1 "$PYTHON" benchmarks/topk_route.py --json RESULT "${topk[@]}"
-step tiles-bf16 90 1 "${bench[@]}" "${tiles[@]}" --recorded "$peers-bf16.json"
+step tiles-bf16 150 1 "${bench[@]}" "${tiles[@]}" --recorded "$peers-bf16.json"
 step tiles-fp8-block 75 1 "${bench[@]}" --format fp8_block "${tiles[@]}" --recorded "$peers-fp8-block.json"
 step tiles-fp8-channel 75 1 "${bench[@]}" --format fp8_channel "${tiles[@]}" --recorded "$peers-fp8.json"
 step in-step 60 1 "$PYTHON" benchmarks/in_step.py --json RESULT "${rounds[@]}"

@@ -1,4 +1,4 @@
-"""Expert parallelism with NCCL, a process for each GPU: the cases of tests/distributed, in several runs at once."""
+"""Expert parallelism with NCCL on two or four GPUs, a process for each: the cases of tests/distributed, in several runs."""
 
 import json
 import re
@@ -13,7 +13,7 @@ from tests.distributed.fault_cases import FAULT_TIMEOUT, LATE, RAISED, RETURNED
 from tests.distributed.ranks import run_cases, run_processes
 from tests.shared import made_once
 
-# Each run has two processes of its own: kernels take far longer to compile than to run. DeepSeek-V3's weights in both
+# Each run has processes of its own: kernels take far longer to compile than to run. DeepSeek-V3's weights in both
 # formats, beside all the contexts, would not fit in 80 GB.
 RUNS = (
     ("ways", "no_tokens", "placements", "capacity", "capacity_on_one_rank", "disagreements"),
@@ -27,6 +27,7 @@ RUNS = (
     ("deepseek_v3", "deepseek_v3_fp8"),
 )
 MODULE = "tests.distributed.cases"
+RANKS = 4 if torch.cuda.device_count() >= 4 else 2
 # Seconds more than the group's timeout in which the process has ended, beside other runs' compilers.
 GRACE = 25
 
@@ -46,7 +47,7 @@ def run_all(folder):
             for case in ("dead_rank", "slow_rank")
             for blocking in ("0", "1")
         }
-        running = [pool.submit(run_cases, MODULE, list(names), 2, "nccl") for names in RUNS]
+        running = [pool.submit(run_cases, MODULE, list(names), RANKS, "nccl") for names in RUNS]
         results = {name: texts for run in running for name, texts in run.result().items()}
         ends = {name: run.result() for name, run in faults.items()}
     Path(folder, "results.json").write_text(json.dumps({"cases": results, "faults": ends}))
