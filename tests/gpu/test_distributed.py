@@ -1,4 +1,4 @@
-"""Expert parallelism with NCCL on two or four GPUs, a process for each: the cases of tests/distributed, in several runs."""
+"""Expert parallelism with NCCL, a process for each of two or four GPUs: the cases of tests/distributed."""
 
 import json
 import re
