@@ -1,5 +1,6 @@
 """MOE_OPS_REPEATS calls of every variant give the same bits beside other work; a process each, see repeats.py."""
 
+import os
 import subprocess
 import sys
 import time
@@ -12,7 +13,7 @@ from tests.gpu.repeats import ALL_CASES, REPEATS
 
 ROOT = Path(__file__).resolve().parents[2]
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
-# From the start of all processes. A thousand calls each take about 20 s together, most of it imports and compilation.
+# From the start of a process. A thousand calls each take about 20 s together, most of it imports and compilation.
 _SECONDS = 120 + REPEATS * 60 // 1000
 _SECONDS_TO_DIE = 30
 
@@ -25,14 +26,15 @@ class Child:
 
     def __init__(self, name: str, log: Path) -> None:
         self.log = log
+        self._deadline = time.monotonic() + _SECONDS
         with log.open("w") as output:
             command = [sys.executable, "-m", "tests.gpu.repeats", name]
             self.process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT)
 
-    def finish(self, deadline: float) -> str | None:
+    def finish(self) -> str | None:
         """Waits for the end; what went wrong, None if nothing did."""
         try:
-            status = self.process.wait(max(0.0, deadline - time.monotonic()))
+            status = self.process.wait(max(0.0, self._deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
             return f"hangs, or is far too slow; ended after {_SECONDS} s{self.kill()}\n{self._tail()}"
         return f"exit status {status}\n{self._tail()}" if status else None
@@ -51,20 +53,31 @@ class Child:
 
 
 @pytest.fixture(scope="module")
-def children(request, tmp_path_factory):
-    """(processes of all selected cases, deadline). They start together: each is busy with itself most of its time."""
+def start(request, tmp_path_factory):
+    """name -> the process of a case.
+
+    They start together: each is busy with itself most of its time. A worker of pytest-xdist, beside which others have
+    cases of their own, starts only what it is asked for.
+    """
     items = [item for item in request.session.items if getattr(item, "function", None) is test_repeats]
-    names = [item.callspec.params["name"] for item in items]
     folder = tmp_path_factory.mktemp("repeats")
-    processes = {name: Child(name, folder / f"{name}.log") for name in names}
-    yield processes, time.monotonic() + _SECONDS
-    for child in processes.values():
+    children = {}
+
+    def of(name):
+        if name not in children:
+            children[name] = Child(name, folder / f"{name}.log")
+        return children[name]
+
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        for item in items:
+            of(item.callspec.params["name"])
+    yield of
+    for child in children.values():
         child.kill()
 
 
 @pytest.mark.skipif(not HOPPER, reason="the tiles are Hopper's")
 @pytest.mark.parametrize("name", ALL_CASES)
-def test_repeats(name, children):
-    processes, deadline = children
-    problem = processes[name].finish(deadline)
+def test_repeats(name, start):
+    problem = start(name).finish()
     assert problem is None, f"variant {name}: {problem}"
