@@ -70,7 +70,7 @@ def _launch(rows: ScaledRows, gather: bool, weight: Tensor, weight_scale: Tensor
         min(plan.num_sms, routing.tile_experts.numel() * cdiv(columns, config.block_n)),
         (values if gather else None, None if gather else pingpong.descriptor(values, [_ROWS, GROUP]),
          pingpong.weight_descriptor(weight, GROUP, GROUP), rows.scale, weight_scale, bias, router_weights,
-         pingpong.descriptor(out.values, [_ROWS, pingpong.BOX]), out.scale,
+         pingpong.descriptor(out.values, [_ROWS, pingpong.BOX if out.scale is None else GROUP]), out.scale,
          routing.sorted_routes, routing.tile_experts, routing.num_padded, progress, problem.num_routes,
          values.stride(0) if gather else 0, rows.stride_row, rows.stride_group, *weight_scale.stride(), stride_be,
          out.stride_row, out.stride_group, problem.alpha or 0.0, problem.limit or 0.0),

@@ -1,7 +1,6 @@
 """What differs between the Triton versions that are supported (3.6 and later), behind one name each."""
 
 import triton
-import triton.language as tl
 
 # Programmatic dependent launch: the same names in all supported versions so far.
 from triton.language.extra.cuda import gdc_launch_dependents as gdc_launch_dependents
@@ -45,12 +44,3 @@ def settle_key(kernel) -> None:
     for value in [*values, *(getattr(module, name, None) for module in modules for name in names)]:
         settle_key(value)
     kernel.cache_key  # noqa: B018 - a property that keeps what it computes
-
-
-@triton.jit
-def tanh(x):
-    """tanh from exp, which unlike the vendor's tanh also runs in the interpreter; exact at both ends.
-
-    Its error is absolute, 1e-7. It holds one value at a time: more would spill beside an accumulator of 128 registers.
-    """
-    return 2.0 / (1.0 + tl.exp(-2.0 * x)) - 1.0

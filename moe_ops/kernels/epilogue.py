@@ -1,6 +1,7 @@
 """What the kernels in Gluon do with a tile in registers: halves of it, scales and biases by column, stores by TMA."""
 
 import triton
+import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, tma
@@ -10,6 +11,7 @@ from moe_ops.kernels.compat import block_barrier, tma_store
 
 _LARGEST_FLOAT = gl.constexpr(3.4028234663852886e38)
 _SMALLEST_NORMAL = gl.constexpr(1.1754943508222875e-38)
+_NAN_STAYS = gl.constexpr(tl.PropagateNan.ALL)
 # Rows of block-scaled weights come in multiples of it. What depends on a unit alone is the same for all threads:
 # columns by themselves would be kept in registers, one for each unit, while the accumulators need them.
 _UNIT = gl.constexpr(16)
@@ -46,33 +48,41 @@ def affine(x, channels, column, N: gl.constexpr):
 
 
 @gluon.jit
-def quantize(y, scale):
-    """clamp(y / scale, -448, 448) in fp32; as in torch.clamp a NaN stays a NaN.
+def _larger(a, b):
+    return gl.maximum(a, b, propagate_nan=_NAN_STAYS)
 
-    The division is rounded to nearest by a step from an approximation, far shorter than the instruction for it.
-    """
-    reciprocal = gl.div_rn(1.0, scale)
-    q = y * reciprocal
-    near = gl.fma(gl.fma(-q, scale, y), reciprocal, q)
-    return gl.where(q > 448.0, 448.0, gl.where(q < -448.0, -448.0, near))
+
+@gluon.jit
+def rounded(y, DTYPE: gl.constexpr):
+    """fp32 to DTYPE, two at a time: one by one takes an instruction of a slow unit for each."""
+    if gl.bfloat16 == DTYPE:
+        return gl.inline_asm_elementwise(
+            "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f", [y], dtype=gl.bfloat16, is_pure=True, pack=2
+        )
+    else:
+        return gl.inline_asm_elementwise(
+            "cvt.rn.f16x2.f32 $0, $2, $1;", "=r,f,f", [y], dtype=gl.float16, is_pure=True, pack=2
+        )
+
+
+@gluon.jit
+def quantize(y, scale):
+    """y / scale in fp32, for a conversion to fp8, which saturates; by a reciprocal, as in `kernels.quantize`."""
+    return y.to(gl.float32) * gl.div_rn(1.0, scale)
 
 
 @gluon.jit
 def store_group(left, right, out_smem, out_desc, act_scales, row, group, N: gl.constexpr):
-    """Stores a group of 128 columns in fp8, with a scale a row from their maximum."""
+    """Stores a group of columns, of which these are the halves, in fp8, with a scale a row from their maximum."""
     act_scale_ptr, stride_am, stride_ag = act_scales
-    left, right = left.to(gl.float32), right.to(gl.float32)
-    # The bits of a larger absolute value are a larger integer, and those of a NaN the largest.
-    bits = gl.maximum(gl.max(gl.abs(left).to(gl.int32, bitcast=True), 1),
-                      gl.max(gl.abs(right).to(gl.int32, bitcast=True), 1))  # fmt: skip
-    largest = bits.to(gl.float32, bitcast=True)
+    y = gl.join(left, right).permute((0, 2, 1)).reshape((left.shape[0], 2 * left.shape[1])).to(gl.float32)
+    largest = gl.reduce(gl.abs(y), 1, _larger)
     scale = gl.maximum(gl.div_rn(gl.minimum(largest, _LARGEST_FLOAT), 448.0), _SMALLEST_NORMAL)
     scale = gl.where(largest != largest, largest, scale)
-    rows = row + gl.arange(0, left.shape[0], gl.SliceLayout(1, left.type.layout))
+    rows = row + gl.arange(0, y.shape[0], gl.SliceLayout(1, y.type.layout))
     gl.store(act_scale_ptr + rows.to(gl.int64) * stride_am + group.to(gl.int64) * stride_ag, scale,
-             mask=(rows >= 0) & (group < triton.cdiv(N, 2 * left.shape[1])))  # fmt: skip
-    store_box(quantize(left, scale[:, None]), out_smem, out_desc, row, group * 2 * left.shape[1])
-    store_box(quantize(right, scale[:, None]), out_smem, out_desc, row, group * 2 * left.shape[1] + left.shape[1])
+             mask=(rows >= 0) & (group < triton.cdiv(N, y.shape[1])))  # fmt: skip
+    store_box(quantize(y, scale[:, None]), out_smem, out_desc, row, group * y.shape[1])
 
 
 @gluon.jit
@@ -105,15 +115,13 @@ def store_groups(acc0, acc1, out_smem, out_desc, epilogue, expert, row, block_n,
         bias_ptr += expert.to(gl.int64) * stride_be
     if not GATED:
         for half in gl.static_range(2):
-            y = _biased(acc1 if half else acc0, bias_ptr, second if half else first, WEIGHT_ROWS)
+            left, right = halves(_biased(acc1 if half else acc0, bias_ptr, second if half else first, WEIGHT_ROWS))
             if ACTIVATION is None:
-                left, right = halves(y)
                 store_box(left, out_smem, out_desc, row, (2 * block_n + half) * GROUP)
                 store_box(right, out_smem, out_desc, row, (2 * block_n + half) * GROUP + GROUP // 2)
             else:
-                left, right = halves(y)
-                left = nonlinearity(left, ACTIVATION, alpha).to(DTYPE)
-                right = nonlinearity(right, ACTIVATION, alpha).to(DTYPE)
+                left = rounded(nonlinearity(left, ACTIVATION, alpha, PTX=True), DTYPE)
+                right = rounded(nonlinearity(right, ACTIVATION, alpha, PTX=True), DTYPE)
                 store_group(left, right, out_smem, out_desc, act_scales, row, 2 * block_n + half, N)
     else:
         MIDDLE: gl.constexpr = GROUP // 2
@@ -124,12 +132,13 @@ def store_groups(acc0, acc1, out_smem, out_desc, epilogue, expert, row, block_n,
             else:
                 gate = _biased(halves(acc0)[side], bias_ptr, first + side * MIDDLE, WEIGHT_ROWS)
                 up = _biased(halves(acc1)[side], bias_ptr, second + side * MIDDLE, WEIGHT_ROWS)
-            # Rounded at once, the first side takes half the registers beside the second.
-            y = activate_gated(gate, up, ACTIVATION, HAS_LIMIT, alpha, limit).to(DTYPE)
+            y = activate_gated(gate, up, ACTIVATION, HAS_LIMIT, alpha, limit, PTX=True)
             if N % GROUP != 0:
                 # Gate rows past the last one are rows of the up half, which are not for the maximum.
                 within = gl.arange(0, MIDDLE, gl.SliceLayout(0, y.type.layout)) // _UNIT * _UNIT
                 y = gl.where((block_n * GROUP + side * MIDDLE + within < N)[None, :], y, 0.0)
+            # Rounded at once, the first side takes half the registers beside the second.
+            y = rounded(y, DTYPE)
             if side == 0:
                 left = y
         store_group(left, y, out_smem, out_desc, act_scales, row, block_n, N)

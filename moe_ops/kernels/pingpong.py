@@ -50,7 +50,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from moe_ops.kernels.activation import activate_gated, nonlinearity
 from moe_ops.kernels.compat import block_barrier, cp_async, tma_load
-from moe_ops.kernels.epilogue import affine, halves, quantize, store_box
+from moe_ops.kernels.epilogue import affine, halves, quantize, rounded, store_box
 from moe_ops.kernels.persistent import PATIENCE, STRETCH, first_column, keep_step, tile
 
 # More warps than 12 would cap a thread at 128 registers when the program starts, too few for wgmma of 256 columns.
@@ -272,7 +272,7 @@ def _store_tile(acc, out_smem, out_desc, epilogue, block_m, n, N: gl.constexpr, 
         if not GATED:
             y = affine(quarters[box], channels, column, N)
             if ACTIVATION is not None:
-                y = nonlinearity(y, ACTIVATION, alpha)
+                y = nonlinearity(y, ACTIVATION, alpha, PTX=True)
         else:
             if INTERLEAVED:
                 pairs = affine(sides[box], channels, 2 * column, 2 * N)
@@ -280,9 +280,9 @@ def _store_tile(acc, out_smem, out_desc, epilogue, block_m, n, N: gl.constexpr, 
             else:
                 gate = affine(quarters[box], channels, column, N)
                 up = affine(quarters[box + 2], channels, N + column, 2 * N)
-            y = activate_gated(gate, up, ACTIVATION, HAS_LIMIT, alpha, limit)
+            y = activate_gated(gate, up, ACTIVATION, HAS_LIMIT, alpha, limit, PTX=True)
         if out_scale_ptr is not None:
-            y = quantize(y.to(DTYPE).to(gl.float32), out_scale)
+            y = quantize(rounded(y, DTYPE), out_scale)
         store_box(y, out_smem, out_desc, row, column)
 
 

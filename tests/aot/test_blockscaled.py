@@ -64,7 +64,7 @@ def quantized(num_rows, columns):
 
 # Bytes that the up GEMM may spill, and in Triton 3.9 does: what an epilogue of two groups of columns keeps of the
 # launch and the tile, stored once and loaded a few times a tile, outside the turns.
-SPILLS = {("gelu_no_gate", 64): 268, ("relu2_no_gate", 64): 244}
+SPILLS = {("gelu_no_gate", 64): 308, ("relu2_no_gate", 64): 316}
 # One row block for both consumers changes nothing in the epilogue: a few variants show the rest.
 CASES = [*((name, 64) for name in VARIANTS), *((name, 128) for name in ("plain", "straddling_blocks", "interleaved"))]
 USUAL = [*((name, 64) for name in VARIANTS if name != "interleaved"), ("interleaved", 128)]
