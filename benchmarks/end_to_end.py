@@ -3,10 +3,10 @@
 A model of the real sizes but for the number of layers, with a vocabulary that is smaller by the same factor, and random
 weights in bfloat16. Its experts run by transformers' `experts_implementation` eager, grouped_mm, batched_mm and
 moe_ops; "+ routers" is moe_ops after `fuse_routers`. Steps of decoding with a static cache, and a prefill, as they are
-and compiled whole in a CUDA graph, in turns, round after round. Workloads get ready (most of which is compiling) in
-processes side by side, and are timed one after the other when all of them are. The MoE blocks (router and experts) are timed alone as
-well, compiled, on the hidden states of the workload: what a step takes outside of them is the same for all, and no
-experts make it faster. A sample is of --steps steps, or of fewer where those take more than half a second.
+and compiled whole in a CUDA graph, in turns, round after round; a sample is of --steps steps, or of fewer where those
+take more than half a second. The MoE blocks (router and experts) are timed alone as well, compiled, on the hidden
+states of the workload: what a step takes outside of them is the same for all, and no experts make it faster. Workloads
+get ready, most of which is compiling, in processes side by side, and are timed one after the other when all are.
 
     PYTHONPATH=. python benchmarks/end_to_end.py --json FILE
     PYTHONPATH=. python benchmarks/end_to_end.py --json FILE --resume

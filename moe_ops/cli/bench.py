@@ -84,8 +84,8 @@ def add_parser(commands) -> None:
     what.add_argument("--eager", action="store_true", help="time eager calls instead of CUDA graphs")
     what.add_argument(
         "--workers", type=natural, metavar="N",
-        help="processes that compile our kernels before anything is timed, where Triton's cache lacks some (default: the "
-        f"number of CPUs, {MOST_WORKERS} at most; 0: each kernel is compiled when it is launched first)",
+        help="processes that compile our kernels before anything is timed, where Triton's cache lacks some (default: "
+        f"as many as CPUs, {MOST_WORKERS} at most; 0: each kernel is compiled when it is first launched)",
     )  # fmt: skip
     output = parser.add_argument_group("output")
     output.add_argument("--recorded", metavar="FILE", help="show the best of the peers recorded in FILE beside ours")
