@@ -19,6 +19,7 @@ import argparse
 import copy
 import datetime
 import functools
+import gc
 import json
 import statistics
 import sys
@@ -33,6 +34,7 @@ import triton
 from in_turn import run_in_turn
 from model_tables import IMPLEMENTATIONS, ROUTERS, RUNS, model_table
 from torch import Tensor
+from torch._inductor.async_compile import shutdown_compile_workers
 
 import moe_ops.integrations.transformers as integration
 from examples.serve_block import SIZES, SMALL, Decoder, capture, make_model
@@ -267,6 +269,10 @@ def measure_job(job: Job, turn: Callable[[], None]) -> list[dict]:
         names = [name for name, reason in reasons.items() if reason is None]
         left_out = {name: reason for name, reason in reasons.items() if reason is not None}
         ready.append((compiled, prepare(workload, names, compiled=compiled), left_out))
+    # Nothing of the compiling is to be at work beside what is timed: neither its processes nor passes over its objects.
+    shutdown_compile_workers()
+    gc.collect()
+    gc.freeze()
     took = time.perf_counter() - start
     turn()
     start = time.perf_counter()
@@ -275,6 +281,7 @@ def measure_job(job: Job, turn: Callable[[], None]) -> list[dict]:
         cells.append(
             {"workload": job.kind, "tokens": job.tokens, "compiled": compiled, **medians, "left_out": left_out}
         )
+    gc.unfreeze()
     print(f"{job}: ready in {took:.0f} s, timed in {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
     return cells
 

@@ -131,10 +131,10 @@ fi
 # What the docs lean on most comes first. Names of steps are those of results, and of markers in the docs.
 all_steps() {
     step compile 150 1 "$PYTHON" benchmarks/ahead.py --json RESULT "$folder/$prefix-compile.txt"
-    step whole-op-bf16 300 1 "${bench[@]}" --stages --variant tma --variant classic --variant grouped_mm
-    step fp8-block 150 1 "${bench[@]}" --format fp8_block --variant tma --stages
-    step fp8-channel 150 1 "${bench[@]}" --format fp8_channel --variant tma --stages
-    step skew-bf16 120 1 "${bench[@]}" --variant tma "${skew[@]}" --routing uniform --routing zipf --routing one --routing sparse
+    step whole-op-bf16 120 1 "${bench[@]}" --stages --variant tma --variant classic --variant grouped_mm
+    step fp8-block 90 1 "${bench[@]}" --format fp8_block --variant tma --stages
+    step fp8-channel 90 1 "${bench[@]}" --format fp8_channel --variant tma --stages
+    step skew-bf16 60 1 "${bench[@]}" --variant tma "${skew[@]}" --routing uniform --routing zipf --routing one --routing sparse
     step int8-weights 60 1 "${bench[@]}" --format int8_weights --variant tma "${few[@]}"
     step int4 60 1 "${bench[@]}" --format int4 --variant tma "${few[@]}"
     step mxfp4 60 1 "${bench[@]}" --format mxfp4 --variant tma "${few[@]}"
@@ -142,12 +142,12 @@ all_steps() {
     step eager-bf16 45 1 "${bench[@]}" --eager --tokens 1
     step host-cost 30 0 "$PYTHON" benchmarks/host_cost.py --json RESULT "${host[@]}"
     step topk-route 45 1 "$PYTHON" benchmarks/topk_route.py --json RESULT "${topk[@]}"
-    step tiles-bf16 150 1 "${bench[@]}" "${tiles[@]}" --recorded "$peers-bf16.json"
+    step tiles-bf16 100 1 "${bench[@]}" "${tiles[@]}" --recorded "$peers-bf16.json"
     step tiles-fp8-block 75 1 "${bench[@]}" --format fp8_block "${tiles[@]}" --recorded "$peers-fp8-block.json"
     step tiles-fp8-channel 75 1 "${bench[@]}" --format fp8_channel "${tiles[@]}" --recorded "$peers-fp8.json"
     step in-step 60 1 "$PYTHON" benchmarks/in_step.py --json RESULT "${rounds[@]}"
     step in-step-fp8 60 1 "$PYTHON" benchmarks/in_step.py --json RESULT --format fp8_block "${rounds[@]}"
-    [[ ! -f benchmarks/end_to_end.py ]] || step end-to-end 240 $((1 - quick)) "$PYTHON" benchmarks/end_to_end.py --resume --json RESULT "${model[@]}"
+    [[ ! -f benchmarks/end_to_end.py ]] || step end-to-end 220 $((1 - quick)) "$PYTHON" benchmarks/end_to_end.py --resume --json RESULT "${model[@]}"
     [[ ! -f benchmarks/expert_parallel.py ]] || step expert-parallel 120 $((quick && !gpus ? 0 : 2)) "$PYTHON" benchmarks/expert_parallel.py --json RESULT "${ranks[@]}"
     step proof 190 0 "$PYTHON" benchmarks/proof.py --json RESULT "${proof[@]}"
     step demo 110 0 "$PYTHON" benchmarks/demo.py --json RESULT "${demo[@]}"
