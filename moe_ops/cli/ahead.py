@@ -60,7 +60,7 @@ def planned(
         tokens: numbers of tokens.
         dtype: "bfloat16" or "float16".
         form: of the weights, as `Call.format`.
-        variants: of `moe_ops.cli.measure.OURS`; others are not ours to compile.
+        variants: of `moe_ops.cli.measure.OURS`, and "auto", the path that the op takes.
         device: where the calls will run.
     """
     for sizes in shapes:

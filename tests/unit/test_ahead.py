@@ -16,9 +16,6 @@ def pool(monkeypatch):
     """Calls of 20 kernels in 6 parts, and a pool that answers as told; gives what it was asked."""
 
     class Told:
-        answers: list = []
-        asked: list = []
-
         def __init__(self, limit):
             self._waiting = []
 
