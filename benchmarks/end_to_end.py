@@ -3,9 +3,10 @@
 A model of the real sizes but for the number of layers, with a vocabulary that is smaller by the same factor, and random
 weights in bfloat16. Its experts run by transformers' `experts_implementation` eager, grouped_mm, batched_mm and
 moe_ops; "+ routers" is moe_ops after `fuse_routers`. Steps of decoding with a static cache, and a prefill, as they are
-and compiled whole in a CUDA graph, in turns, round after round. The MoE blocks (router and experts) are timed alone as
-well, compiled, on the hidden states of the workload: what a step takes outside of them is the same for all, and no
-experts make it faster.
+and compiled whole in a CUDA graph, in turns, round after round; a sample is of --steps steps, or of fewer where those
+take more than half a second. The MoE blocks (router and experts) are timed alone as well, compiled, on the hidden
+states of the workload: what a step takes outside of them is the same for all, and no experts make it faster. Workloads
+get ready, most of which is compiling, in processes side by side, and are timed one after the other when all are.
 
     PYTHONPATH=. python benchmarks/end_to_end.py --json FILE
     PYTHONPATH=. python benchmarks/end_to_end.py --json FILE --resume
@@ -18,22 +19,28 @@ import argparse
 import copy
 import datetime
 import functools
+import gc
 import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import transformers
 import triton
+from in_turn import run_in_turn
 from model_tables import IMPLEMENTATIONS, ROUTERS, RUNS, model_table
 from torch import Tensor
+from torch._inductor.async_compile import shutdown_compile_workers
 
 import moe_ops.integrations.transformers as integration
 from examples.serve_block import SIZES, SMALL, Decoder, capture, make_model
 
+# Milliseconds that a sample takes at most, where a step does not.
+LONGEST_SAMPLE = 500.0
 # Of a result's row from grouped_mm's. The one in the middle counts: a router that hesitates between two experts may
 # take the other one after a different rounding, or at equal logits.
 TOLERANCE = 2e-2
@@ -52,6 +59,10 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--run", nargs="+", choices=RUNS, default=[*RUNS], help="default: both")
     parser.add_argument("--rounds", type=int, default=7, help="default %(default)s")
     parser.add_argument("--implementations", nargs="+", choices=IMPLEMENTATIONS, default=IMPLEMENTATIONS)
+    parser.add_argument(
+        "--together", type=int, default=4, metavar="N",
+        help="workloads that get ready side by side; each has the model in the GPU's memory (default %(default)s)",
+    )  # fmt: skip
     parser.add_argument("--small", action="store_true", help="a tiny model in float32 on the CPU, to try the program")
     parser.add_argument("--json", help="a file for the results")
     parser.add_argument(
@@ -61,9 +72,21 @@ def parse_args() -> argparse.Namespace:
     args = parser.parse_args()
     if args.resume and not args.json:
         parser.error("--resume goes on with the file of --json, which is missing")
+    if args.together < 1:
+        parser.error(f"--together is {args.together}, expected 1 or more")
     if not args.small and not args.report and not torch.cuda.is_available():
         parser.error("there is no CUDA GPU: pass --small to try the program on the CPU")
     return args
+
+
+def dtype_of(args: argparse.Namespace) -> torch.dtype:
+    """What the model is in."""
+    return torch.float32 if args.small else torch.bfloat16
+
+
+def vocabulary_of(args: argparse.Namespace) -> int:
+    """Words, fewer by the factor by which the model has fewer layers."""
+    return 256 if args.small else 151936 * args.layers // 48
 
 
 class Model:
@@ -71,8 +94,8 @@ class Model:
 
     def __init__(self, args: argparse.Namespace) -> None:
         """Makes it."""
-        self.device, self.dtype = ("cpu", torch.float32) if args.small else ("cuda", torch.bfloat16)
-        self.vocabulary = 256 if args.small else 151936 * args.layers // 48
+        self.device, self.dtype = "cpu" if args.small else "cuda", dtype_of(args)
+        self.vocabulary = vocabulary_of(args)
         sizes = SMALL if args.small else SIZES
         self.whole = make_model(args.layers, self.vocabulary, self.device, self.dtype, sizes)
         self.blocks = [layer.mlp for layer in self.whole.model.layers]
@@ -110,15 +133,15 @@ class Workload:
         start()
         self.inputs = model.inputs_of_blocks(step)
 
-    def sample(self, call: Callable[[], object]) -> float:
+    def sample(self, call: Callable[[], object], steps: int) -> float:
         """Milliseconds of a step, by the host's clock."""
         self.start()
         self._wait()
         start = time.perf_counter()
-        for _ in range(self.steps):
+        for _ in range(steps):
             call()
         self._wait()
-        return (time.perf_counter() - start) * 1e3 / self.steps
+        return (time.perf_counter() - start) * 1e3 / steps
 
     def compiled(self, function: Callable[[], Tensor]) -> Callable[[], Tensor]:
         """A function compiled whole, and captured where there is a GPU."""
@@ -131,22 +154,19 @@ class Workload:
             torch.cuda.synchronize()
 
 
-def workloads(model: Model, args: argparse.Namespace) -> Iterator[tuple[str, Workload]]:
-    """Names and workloads."""
-    for batch in args.batch:
-        prompt = torch.randint(model.vocabulary, (batch, args.context), device=model.device)
-        model.use("grouped_mm")
-        decoder = Decoder(model.whole, prompt, args.steps)
-        # The likeliest tokens of a model that knows nothing are alike; these are not.
-        decoder.first.random_(model.vocabulary)
-        yield "decode", Workload(model, batch, decoder.step, decoder.rewind, args.steps)
-    for length in args.prefill:
-        prompt = torch.randint(model.vocabulary, (1, length), device=model.device)
-
-        def prefill(prompt: Tensor = prompt) -> Tensor:
-            return model.whole(prompt, use_cache=False, logits_to_keep=1).logits
-
-        yield "prefill", Workload(model, length, prefill, lambda: None, 1)
+def make_workload(model: Model, kind: str, size: int, args: argparse.Namespace) -> Workload:
+    """Steps of decoding for so many sequences, or the prefill of a prompt of so many tokens."""
+    if kind == "prefill":
+        prompt = torch.randint(model.vocabulary, (1, size), device=model.device)
+        return Workload(
+            model, size, lambda: model.whole(prompt, use_cache=False, logits_to_keep=1).logits, lambda: None, 1
+        )
+    prompt = torch.randint(model.vocabulary, (size, args.context), device=model.device)
+    model.use("grouped_mm")
+    decoder = Decoder(model.whole, prompt, args.steps)
+    # The likeliest tokens of a model that knows nothing are alike; these are not.
+    decoder.first.random_(model.vocabulary)
+    return Workload(model, size, decoder.step, decoder.rewind, args.steps)
 
 
 def unusable(name: str, model: Model, tokens: int, compiled: bool) -> str | None:
@@ -175,8 +195,11 @@ def check(results: dict[str, Tensor]) -> None:
             raise ArithmeticError(f"the MoE blocks of {name} differ by {rows.median():.1e} from those of grouped_mm")
 
 
-def measure(workload: Workload, names: list[str], rounds: int, *, compiled: bool) -> dict[str, dict[str, float]]:
-    """Median milliseconds of a step, and, compiled, of its MoE blocks: {"step": {name: ms}, "blocks": {...}}."""
+Calls = dict[tuple[str, str], Callable[[], Tensor]]
+
+
+def prepare(workload: Workload, names: list[str], *, compiled: bool) -> Calls:
+    """What is to be timed, checked: ("step", name), and, compiled, its MoE blocks, ("blocks", name)."""
     model, calls, results = workload.model, {}, {}
     blocks = functools.partial(model.run_blocks, workload.inputs)
     for name in names:
@@ -189,49 +212,101 @@ def measure(workload: Workload, names: list[str], rounds: int, *, compiled: bool
             calls["step", name] = workload.step
             results[name] = blocks()
     check(results)
-    del results
+    return calls
+
+
+def measure(workload: Workload, calls: Calls, rounds: int) -> dict[str, dict[str, float]]:
+    """Median milliseconds of a step: {"step": {name: ms}, "blocks": {...}}."""
+    steps = dict.fromkeys(calls, workload.steps)
     samples = {key: [] for key in calls}
-    for _ in range(rounds + 1):
+    for number in range(rounds + 1):
         for key, call in calls.items():
-            model.use(key[1])
-            samples[key].append(workload.sample(call))
+            workload.model.use(key[1])
+            took = workload.sample(call, steps[key])
+            if number:
+                samples[key].append(took)
+            else:  # the first round warms up
+                steps[key] = min(steps[key], max(1, int(LONGEST_SAMPLE / took)))
     medians = {"step": {}, "blocks": {}}
     for (part, name), times in samples.items():
-        medians[part][name] = statistics.median(times[1:])  # the first round warms up
+        medians[part][name] = statistics.median(times)
     return medians
 
 
+@dataclass(frozen=True)
+class Job:
+    """A workload, and what is to be measured of it.
+
+    Attributes:
+        args: of the command line.
+        kind: "decode" or "prefill".
+        tokens: of a step.
+        runs: whether compiled.
+    """
+
+    args: argparse.Namespace
+    kind: str
+    tokens: int
+    runs: tuple[bool, ...]
+
+    def __str__(self) -> str:
+        return f"{self.kind} {self.tokens}"
+
+
 @torch.no_grad()
-def run(args: argparse.Namespace) -> dict:
-    """Measures everything; the record."""
+def measure_job(job: Job, turn: Callable[[], None]) -> list[dict]:
+    """The cells of a workload; gets ready beside others, and is timed alone."""
+    start = time.perf_counter()
     transformers.logging.set_verbosity_error()
     integration.register()
     # A compiled function for each implementation and size.
     torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 256
-    model = Model(args)
+    args, model = job.args, Model(job.args)
+    workload = make_workload(model, job.kind, job.tokens, args)
+    ready, cells = [], []
+    for compiled in job.runs:
+        reasons = {name: unusable(name, model, job.tokens, compiled) for name in args.implementations}
+        names = [name for name, reason in reasons.items() if reason is None]
+        left_out = {name: reason for name, reason in reasons.items() if reason is not None}
+        ready.append((compiled, prepare(workload, names, compiled=compiled), left_out))
+    # Nothing of the compiling is to be at work beside what is timed: neither its processes nor passes over its objects.
+    shutdown_compile_workers()
+    gc.collect()
+    gc.freeze()
+    took = time.perf_counter() - start
+    turn()
+    start = time.perf_counter()
+    for compiled, calls, left_out in ready:
+        medians = measure(workload, calls, args.rounds)
+        cells.append(
+            {"workload": job.kind, "tokens": job.tokens, "compiled": compiled, **medians, "left_out": left_out}
+        )
+    gc.unfreeze()
+    print(f"{job}: ready in {took:.0f} s, timed in {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
+    return cells
+
+
+def run(args: argparse.Namespace) -> dict:
+    """Measures everything; the record."""
     record = {
-        "device": torch.cuda.get_device_name() if model.device == "cuda" else "CPU", "torch": torch.__version__,
+        "device": "CPU" if args.small else torch.cuda.get_device_name(), "torch": torch.__version__,
         "triton": triton.__version__, "transformers": transformers.__version__,
-        "date": datetime.date.today().isoformat(), "dtype": str(model.dtype).removeprefix("torch."),
-        "layers": args.layers, "vocabulary": model.vocabulary, "context": args.context, "steps": args.steps,
+        "date": datetime.date.today().isoformat(), "dtype": str(dtype_of(args)).removeprefix("torch."),
+        "layers": args.layers, "vocabulary": vocabulary_of(args), "context": args.context, "steps": args.steps,
         "rounds": args.rounds, "implementations": list(args.implementations),
     }  # fmt: skip
     record["cells"] = earlier(args.json, record) if args.resume else []
     done = {(cell["workload"], cell["tokens"], cell["compiled"]) for cell in record["cells"]}
-    for kind, workload in workloads(model, args):
-        for compiled in sorted(run == "compiled" for run in args.run):
-            if (kind, workload.tokens, compiled) in done:
-                continue
-            reasons = {name: unusable(name, model, workload.tokens, compiled) for name in args.implementations}
-            names = [name for name, reason in reasons.items() if reason is None]
-            start = time.perf_counter()
-            medians = measure(workload, names, args.rounds, compiled=compiled)
-            cell = {"workload": kind, "tokens": workload.tokens, "compiled": compiled, **medians}
-            cell["left_out"] = {name: reason for name, reason in reasons.items() if reason is not None}
-            record["cells"].append(cell)
-            if args.json:
-                Path(args.json).write_text(json.dumps(record, indent=1) + "\n")
-            print(f"{kind} {workload.tokens} {compiled=} {time.perf_counter() - start:.0f} s", file=sys.stderr)
+    jobs = []
+    for kind, sizes in (("decode", args.batch), ("prefill", args.prefill)):
+        for size in sizes:
+            runs = sorted(run == "compiled" for run in args.run)
+            if missing := tuple(compiled for compiled in runs if (kind, size, compiled) not in done):
+                jobs.append(Job(args, kind, size, missing))
+    for _, cells in run_in_turn(measure_job, jobs, 1 if args.small else args.together):
+        record["cells"] += cells
+        if args.json:
+            Path(args.json).write_text(json.dumps(record, indent=1) + "\n")
     return record
 
 

@@ -7,6 +7,7 @@
 #   --minutes N     begin and end within N minutes (default 15)
 #   --prefix NAME   of the files (default: the date and the device, as 2026-11-26-h100)
 #
+# The first step compiles what those after it launch, in as many processes as there are CPUs: nothing else runs beside it.
 # A step's result is FOLDER/PREFIX-STEP.json (default folder: benchmarks/results), and a step whose result is there is
 # not run again: the same command goes on where an earlier one ended. Each step has a limit of its own. FOLDER/PREFIX.tar.gz
 # has all results and logs; FOLDER/PREFIX-summary.txt says what ran, on what, and how long it took. Exit status 1 where a
@@ -59,16 +60,22 @@ if ((!dry)); then
 fi
 prefix=${prefix:-$(date +%F)-$device}
 began=$SECONDS deadline=$((SECONDS + minutes * 60)) status=0 steps=() report=()
+# While this is 1 a step only says what it would compile.
+listing=0
 
 # step NAME LIMIT GPUS COMMAND...: RESULT in the command stands for the file that it writes.
 step() {
     local name=$1 limit=$2 needs=$3
     shift 3
-    steps+=("$name")
+    ((listing)) || steps+=("$name")
     [[ -z $only || ,$only, == *,$name,* ]] || return 0
     local result=$folder/$prefix-$name.json partial=$folder/$prefix-$name.partial.json log=$folder/$prefix-$name.log
     if ((dry)); then
         printf '%-18s %4d s  %s\n' "$name" "$limit" "${*//RESULT/$result}"
+        return 0
+    fi
+    if ((listing)); then
+        [[ -s $result || " $* " != *" -m moe_ops bench "* ]] || echo "${@@Q}"
         return 0
     fi
     if [[ -s $result ]]; then
@@ -122,26 +129,36 @@ fi
 ((gpus == 0)) || host+=(--device cuda)
 
 # What the docs lean on most comes first. Names of steps are those of results, and of markers in the docs.
-step whole-op-bf16 300 1 "${bench[@]}" --stages --variant tma --variant classic --variant grouped_mm
-step fp8-block 150 1 "${bench[@]}" --format fp8_block --variant tma --stages
-step fp8-channel 150 1 "${bench[@]}" --format fp8_channel --variant tma --stages
-step skew-bf16 120 1 "${bench[@]}" --variant tma "${skew[@]}" --routing uniform --routing zipf --routing one --routing sparse
-step int8-weights 60 1 "${bench[@]}" --format int8_weights --variant tma "${few[@]}"
-step int4 60 1 "${bench[@]}" --format int4 --variant tma "${few[@]}"
-step mxfp4 60 1 "${bench[@]}" --format mxfp4 --variant tma "${few[@]}"
-step int8-channel 60 1 "${bench[@]}" --format int8_channel --variant tma "${few[@]}"
-step eager-bf16 45 1 "${bench[@]}" --eager --tokens 1
-step host-cost 30 0 "$PYTHON" benchmarks/host_cost.py --json RESULT "${host[@]}"
-step topk-route 45 1 "$PYTHON" benchmarks/topk_route.py --json RESULT "${topk[@]}"
-step tiles-bf16 150 1 "${bench[@]}" "${tiles[@]}" --recorded "$peers-bf16.json"
-step tiles-fp8-block 75 1 "${bench[@]}" --format fp8_block "${tiles[@]}" --recorded "$peers-fp8-block.json"
-step tiles-fp8-channel 75 1 "${bench[@]}" --format fp8_channel "${tiles[@]}" --recorded "$peers-fp8.json"
-step in-step 60 1 "$PYTHON" benchmarks/in_step.py --json RESULT "${rounds[@]}"
-step in-step-fp8 60 1 "$PYTHON" benchmarks/in_step.py --json RESULT --format fp8_block "${rounds[@]}"
-[[ ! -f benchmarks/end_to_end.py ]] || step end-to-end 240 $((1 - quick)) "$PYTHON" benchmarks/end_to_end.py --resume --json RESULT "${model[@]}"
-[[ ! -f benchmarks/expert_parallel.py ]] || step expert-parallel 120 $((quick && !gpus ? 0 : 2)) "$PYTHON" benchmarks/expert_parallel.py --json RESULT "${ranks[@]}"
-step proof 190 0 "$PYTHON" benchmarks/proof.py --json RESULT "${proof[@]}"
-step demo 110 0 "$PYTHON" benchmarks/demo.py --json RESULT "${demo[@]}"
+all_steps() {
+    step compile 150 1 "$PYTHON" benchmarks/ahead.py --json RESULT "$folder/$prefix-compile.txt"
+    step whole-op-bf16 120 1 "${bench[@]}" --stages --variant tma --variant classic --variant grouped_mm
+    step fp8-block 90 1 "${bench[@]}" --format fp8_block --variant tma --stages
+    step fp8-channel 90 1 "${bench[@]}" --format fp8_channel --variant tma --stages
+    step skew-bf16 60 1 "${bench[@]}" --variant tma "${skew[@]}" --routing uniform --routing zipf --routing one --routing sparse
+    step int8-weights 60 1 "${bench[@]}" --format int8_weights --variant tma "${few[@]}"
+    step int4 60 1 "${bench[@]}" --format int4 --variant tma "${few[@]}"
+    step mxfp4 60 1 "${bench[@]}" --format mxfp4 --variant tma "${few[@]}"
+    step int8-channel 60 1 "${bench[@]}" --format int8_channel --variant tma "${few[@]}"
+    step eager-bf16 45 1 "${bench[@]}" --eager --tokens 1
+    step host-cost 30 0 "$PYTHON" benchmarks/host_cost.py --json RESULT "${host[@]}"
+    step topk-route 45 1 "$PYTHON" benchmarks/topk_route.py --json RESULT "${topk[@]}"
+    step tiles-bf16 100 1 "${bench[@]}" "${tiles[@]}" --recorded "$peers-bf16.json"
+    step tiles-fp8-block 75 1 "${bench[@]}" --format fp8_block "${tiles[@]}" --recorded "$peers-fp8-block.json"
+    step tiles-fp8-channel 75 1 "${bench[@]}" --format fp8_channel "${tiles[@]}" --recorded "$peers-fp8.json"
+    step in-step 60 1 "$PYTHON" benchmarks/in_step.py --json RESULT "${rounds[@]}"
+    step in-step-fp8 60 1 "$PYTHON" benchmarks/in_step.py --json RESULT --format fp8_block "${rounds[@]}"
+    [[ ! -f benchmarks/end_to_end.py ]] || step end-to-end 220 $((1 - quick)) "$PYTHON" benchmarks/end_to_end.py --resume --json RESULT "${model[@]}"
+    [[ ! -f benchmarks/expert_parallel.py ]] || step expert-parallel 120 $((quick && !gpus ? 0 : 2)) "$PYTHON" benchmarks/expert_parallel.py --json RESULT "${ranks[@]}"
+    step proof 190 0 "$PYTHON" benchmarks/proof.py --json RESULT "${proof[@]}"
+    step demo 110 0 "$PYTHON" benchmarks/demo.py --json RESULT "${demo[@]}"
+}
+
+if ((!dry)); then
+    listing=1
+    all_steps >"$folder/$prefix-compile.txt"
+    listing=0
+fi
+all_steps
 
 for name in ${only//,/ }; do
     [[ " ${steps[*]} " == *" $name "* ]] || die "--only $name: there is no such step; there are ${steps[*]}"

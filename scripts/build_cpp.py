@@ -11,13 +11,15 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = ROOT / "csrc_stubs"
+REGISTRATION = "registration.cpp"
 LIBRARY_SOURCES = (
-    "registration.cpp", "checks.cpp", "routing.cpp", "products.cpp", "fused_moe.cpp", "launch_table.cpp",
-    "cuda_driver.cpp", "fused_moe_cuda.cpp",
+    REGISTRATION, "checks.cpp", "routing.cpp", "products.cpp", "fused_moe.cpp", "launch_table.cpp", "cuda_driver.cpp",
+    "fused_moe_cuda.cpp",
 )  # fmt: skip
 WARNINGS = ("-Wall", "-Wextra")
 # The oldest torch that the library loads into, 2.11, whatever version it is built with.
@@ -38,15 +40,27 @@ def torch_root() -> Path:
     return Path(torch.__path__[0])
 
 
-def library_command(out: Path, namespace: str = "moe_ops") -> list[str]:
-    """Builds the library as `out`."""
-    torch = torch_root()
+def _library_options(namespace: str) -> list[str]:
     return [
-        compiler(), "-std=c++17", "-O3", *WARNINGS, "-fPIC", "-shared", "-fvisibility=hidden", TARGET_VERSION,
-        f"-DMOE_OPS_NAMESPACE={namespace}", f"-isystem{torch / 'include'}",
-        *(str(SOURCES / name) for name in LIBRARY_SOURCES),
-        f"-L{torch / 'lib'}", "-ltorch_cpu", "-ldl", f"-Wl,-rpath,{torch / 'lib'}", "-o", str(out),
+        "-std=c++17", "-O3", *WARNINGS, "-fPIC", "-fvisibility=hidden", TARGET_VERSION,
+        f"-DMOE_OPS_NAMESPACE={namespace}", f"-isystem{torch_root() / 'include'}",
     ]  # fmt: skip
+
+
+def library_command(
+    out: Path, namespace: str = "moe_ops", sources: Sequence[str | Path] = LIBRARY_SOURCES
+) -> list[str]:
+    """Builds the library as `out`, from its sources, or from some of them and the objects of the others."""
+    libraries = torch_root() / "lib"
+    return [
+        compiler(), *_library_options(namespace), "-shared", *(str(SOURCES / name) for name in sources),
+        f"-L{libraries}", "-ltorch_cpu", "-ldl", f"-Wl,-rpath,{libraries}", "-o", str(out),
+    ]  # fmt: skip
+
+
+def object_command(source: str, out: Path) -> list[str]:
+    """Builds a source of the library, any but `REGISTRATION`, which has the namespace in it, as the object `out`."""
+    return [compiler(), *_library_options("moe_ops"), "-c", str(SOURCES / source), "-o", str(out)]
 
 
 def runner_command(out: Path) -> list[str]:

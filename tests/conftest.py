@@ -1,6 +1,15 @@
-"""Fixtures of several folders."""
+"""Fixtures of several folders, and what torch has to be told before it is imported."""
+
+import os
 
 import pytest
+
+from tests.amount import ALL
+
+if not ALL:
+    # Without a cache Inductor has the compiler try, in every process, each set of vector instructions that the CPU has,
+    # and then compiles longer; what it generates around the op is as good a caller in plain C++.
+    os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "0")
 
 
 @pytest.fixture

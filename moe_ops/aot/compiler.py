@@ -10,8 +10,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
+from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
+from triton.runtime.cache import FileCacheManager
 
 from moe_ops.aot.counts import Count
 from moe_ops.aot.cubin import parameter_sizes
@@ -130,6 +132,39 @@ def compile_for(launch: Launch, arch: int):
     finally:
         kernel.device_caches.clear()
         kernel.device_caches.update(kept)
+
+
+class _Asked(Exception):
+    """Triton has asked its cache for a kernel; the arguments are its key, and whether it is there."""
+
+
+def find_for(launch: Launch, arch: int) -> tuple[str, bool]:
+    """Looks for what `compile_for` would compile in Triton's cache on disk, and compiles nothing.
+
+    Args:
+        launch: as `compile_for`.
+        arch: as `compile_for`.
+
+    Returns:
+        The kernel's key in the cache, and whether it is there.
+    """
+    # Triton's own extension point: whatever keeps its kernels has this method, which a compilation calls first.
+    manager = knobs.cache.manager_class or FileCacheManager
+
+    class Asking(manager):
+        """Ends a compilation at its first question."""
+
+        def get_group(self, filename: str):
+            raise _Asked(self.key, super().get_group(filename) is not None)
+
+    try:
+        with knobs.cache.scope():
+            knobs.cache.manager_class = Asking
+            compiled = compile_for(launch, arch)
+    except _Asked as asked:
+        key, there = asked.args
+        return key, there
+    return compiled.hash, True
 
 
 def compile_launch(launch: Launch, arch: int) -> Kernel:

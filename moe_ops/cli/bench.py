@@ -5,12 +5,14 @@ import datetime
 import importlib.metadata
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
 import moe_ops
 from moe_ops.cli import plots, table
+from moe_ops.cli.ahead import MOST_WORKERS, compile_ahead, default_workers, planned
 from moe_ops.cli.calls import ROUTINGS, SHAPES, TOKENS, make_calls
 from moe_ops.cli.export import compare, load_record, write_csv, write_markdown
 from moe_ops.cli.formats import FORMATS
@@ -23,11 +25,15 @@ from moe_ops.cli.options import (
     add_tokens_option,
     check_files,
     chosen_shapes,
+    natural,
     positive,
 )
 from moe_ops.cli.peers import PEERS
 from moe_ops.cli.progress import Progress
 from moe_ops.cli.recorded import beside, check_recorded, load_peers
+from moe_ops.cli.tuner.calls import Call
+from moe_ops.devices import Device, describe
+from moe_ops.tuning.table import Tiles
 
 _PATHS = ("tma", "classic")
 DEFAULT_VARIANTS = (*_PATHS, "grouped_mm")
@@ -76,6 +82,11 @@ def add_parser(commands) -> None:
         "--rounds", type=positive, default=15, metavar="N", help="samples per cell and variant (default: 15)"
     )
     what.add_argument("--eager", action="store_true", help="time eager calls instead of CUDA graphs")
+    what.add_argument(
+        "--workers", type=natural, metavar="N",
+        help="processes that compile our kernels before anything is timed, where Triton's cache lacks some (default: "
+        f"as many as CPUs, {MOST_WORKERS} at most; 0: each kernel is compiled when it is first launched)",
+    )  # fmt: skip
     output = parser.add_argument_group("output")
     output.add_argument("--recorded", metavar="FILE", help="show the best of the peers recorded in FILE beside ours")
     output.add_argument("--json", metavar="FILE", help="write everything measured to FILE, after every cell")
@@ -106,6 +117,8 @@ def run(options: argparse.Namespace) -> int:
         progress.say(" ".join(f"{key}={value}" for key, value in record.items() if isinstance(value, str)))
         for name, reason in unavailable.items():
             progress.say(f"not measured: {name}: {reason}")
+        if options.workers != 0:
+            _compile(options, progress)
         progress.say(table.header(variants, recorded=peers is not None))
         form, dtype = FORMATS.get(options.format), getattr(torch, options.dtype)
         fp8 = form is not None and form.multiplies_bytes
@@ -183,6 +196,25 @@ def check_options(options: argparse.Namespace, variants: list[str]) -> dict | No
     peers = load_peers(options.recorded)
     check_recorded(peers, f"--recorded {options.recorded}", options.dtype, options.format)
     return peers
+
+
+def own_calls(options: argparse.Namespace, device: Device) -> Iterator[tuple[Call, Tiles]]:
+    """The calls of ours that a run makes, with the tiles that they get on a device."""
+    shapes = (chosen_shapes(options) or SHAPES).values()
+    # "auto" is what all others are held against.
+    names = dict.fromkeys(("auto", *(name for name in options.variant or _PATHS if name in OURS)))
+    return planned(shapes, options.tokens, options.dtype, options.format, names, device)
+
+
+def _compile(options: argparse.Namespace, progress: Progress) -> None:
+    """Has what Triton's cache lacks compiled, and says so."""
+    device = describe(torch.device(_DEVICE, 0))
+    ahead = compile_ahead(
+        own_calls(options, device), device, options.workers or default_workers(),
+        lambda done, parts: progress.begin(f"compiling, {done} of {parts}"),
+    )  # fmt: skip
+    if ahead.missing:
+        progress.say(str(ahead))
 
 
 def _head(options: argparse.Namespace, variants: list[str], unavailable: dict[str, str]) -> dict:

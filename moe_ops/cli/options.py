@@ -36,6 +36,13 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def natural(text: str) -> int:
+    """A number, 0 or above."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number, 0 or above")
+    return int(text)
+
+
 def token_counts(text: str) -> tuple[int, ...]:
     """Comma-separated numbers above 0."""
     try:

@@ -13,6 +13,7 @@ import torch
 
 from moe_ops import env
 from moe_ops.cli import plots
+from moe_ops.cli.ahead import MOST_WORKERS
 from moe_ops.cli.calls import TOKENS, Sizes
 from moe_ops.cli.explain import describe_tile
 from moe_ops.cli.known import ARCHITECTURES, CARDS, known_card
@@ -41,8 +42,6 @@ from moe_ops.tuning.bucket import Bucket, device_folder
 from moe_ops.tuning.files import ConfigError, is_there, write_atomically
 from moe_ops.tuning.lookup import PACKAGED
 from moe_ops.tuning.table import Table, dump_table, load_table
-
-_MOST_WORKERS = 24
 
 _EXAMPLES = """examples:
   python -m moe_ops tune --model qwen3-30b-a3b
@@ -310,7 +309,7 @@ class Tuning:
 
 def _workers() -> int:
     """Processes that compile: the others of the CPUs are for what times, and what hands out work."""
-    return min(_MOST_WORKERS, max(1, (os.cpu_count() or 2) * 3 // 4))
+    return min(MOST_WORKERS, max(1, (os.cpu_count() or 2) * 3 // 4))
 
 
 def _tuple(value: Sequence[int] | None) -> tuple[int, int] | None:

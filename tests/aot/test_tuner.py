@@ -9,14 +9,17 @@ import torch
 
 pytest.importorskip("triton.experimental.gluon")
 
+from triton import knobs
 from triton.runtime.jit import JITFunction
 
 import moe_ops.kernels
-from moe_ops.aot.compiler import compile_for
+from moe_ops.aot.compiler import compile_for, find_for
+from moe_ops.cli import ahead
 from moe_ops.cli.calls import make_call, make_weights
 from moe_ops.cli.tuner.calls import PARTS, Call, tiles_to_json
 from moe_ops.cli.tuner.candidates import first_wave
 from moe_ops.cli.tuner.compiler import Compiler, recorded
+from moe_ops.cli.tuner.pool import Answer
 from moe_ops.dispatch import make_plan
 from moe_ops.kernels.compat import settle_key
 from moe_ops.problem import make_problem
@@ -70,6 +73,55 @@ def test_a_worker_that_compiles():
     wrong = replace(own, up=replace(own.up, block_m=16))
     with pytest.raises(ValueError, match="both must be the same"):
         compiler.answer({**request, "candidates": [tiles_to_json(wrong)]}, events.append)
+
+
+def test_what_the_cache_lacks_is_compiled_ahead(monkeypatch, tmp_path):
+    """Each kernel once, and nothing where all is there; the workers' part is done here."""
+    asked: list[dict] = []
+
+    class Here:
+        """A pool whose workers are this process."""
+
+        def __init__(self, limit: float) -> None:
+            self._waiting: list[tuple] = []
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_) -> None:
+            pass
+
+        def open(self, lane: str, target, arguments: tuple, workers: int) -> None:
+            log, facts = arguments
+            assert log is None and 0 < workers <= 2
+            self._compiler = Compiler(replace(DEVICE, **facts))
+
+        def submit(self, lane: str, request: dict, done, order: int) -> None:
+            asked.append(request)
+            self._waiting.append((request, done))
+
+        def step(self) -> None:
+            request, done = self._waiting.pop(0)
+            done(Answer(self._compiler.answer(request, lambda event: None)))
+
+    monkeypatch.setattr(ahead, "Pool", Here)
+    monkeypatch.setattr(ahead, "_FEW", 1)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    arguments = (((8, 2, 256, 128),) * 2, (1, 1), "bfloat16", "none", ("auto", "tma", "heuristic"), DEVICE)
+    calls, steps = list(ahead.planned(*arguments)), []
+    assert len(calls) == 12 and len(set(calls)) == 1
+    with knobs.cache.scope():
+        knobs.cache.dir = str(tmp_path)
+        first = ahead.compile_ahead(calls, DEVICE, 2, lambda *step: steps.append(step))
+        again = ahead.compile_ahead(calls, DEVICE, 2)
+        launches = [launch for part in recorded(*calls[0], DEVICE).values() for launch in part]
+        found = dict(find_for(launch, 90) for launch in launches)
+        kept = {file.parent.name for file in tmp_path.glob("*/*.cubin")}
+        assert len(found) == len(launches) > 1 and kept == found.keys() and all(found.values())
+        assert not find_for(launches[0], 100)[1]
+    assert first.kernels == first.missing == len(launches) == len(asked) == steps[-1][0] and first.errors == []
+    assert (again.kernels, again.missing, again.workers) == (len(launches), 0, 0)
+    assert f"kernels: {len(launches)} of {len(launches)} compiled in " in str(first)
 
 
 def test_keys_do_not_depend_on_what_was_compiled_before(monkeypatch):

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import pytest
 import torch
 
 from scripts import build_cpp
+from tests.amount import ALL
 from tests.shared import made_once
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -50,14 +52,23 @@ def require_compiler() -> None:
 
 
 def build(folder: Path) -> None:
-    commands = (
-        build_cpp.library_command(folder / "libmoe_ops.so"),
-        build_cpp.library_command(folder / "libmoe_ops_cpp.so", BESIDE),
-        build_cpp.runner_command(folder / "run_package"),
-    )
-    running = [subprocess.Popen([*command, "-Werror"], stderr=subprocess.PIPE, text=True) for command in commands]
-    errors = [process.communicate()[1] for process in running]
-    assert all(process.returncode == 0 for process in running), "\n".join(errors)[-4000:]
+    """With MOE_OPS_TESTS=all each by its one command; otherwise what both libraries have in common is compiled once."""
+    libraries = {"libmoe_ops.so": "moe_ops", "libmoe_ops_cpp.so": BESIDE}
+    sources, objects = build_cpp.LIBRARY_SOURCES, []
+    if not ALL:
+        objects = [folder / f"{name}.o" for name in sources if name != build_cpp.REGISTRATION]
+        sources = build_cpp.REGISTRATION, *objects
+    run_all([build_cpp.runner_command(folder / "run_package"), *(
+        build_cpp.object_command(file.stem, file) for file in objects)])  # fmt: skip
+    run_all([build_cpp.library_command(folder / file, name, sources) for file, name in libraries.items()])
+
+
+def run_all(commands: list[list[str]]) -> None:
+    """Runs commands of the compiler, as many at a time as there are processors. A warning is an error."""
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        done = list(threads.map(lambda command: subprocess.run(
+            [*command, "-Werror"], stderr=subprocess.PIPE, text=True), commands))  # fmt: skip
+    assert all(process.returncode == 0 for process in done), "\n".join(process.stderr for process in done)[-4000:]
 
 
 @pytest.fixture(scope="session")

@@ -18,7 +18,7 @@ def _reset():
 @pytest.mark.parametrize(
     ("mode", "context"),
     [
-        ("default", torch.no_grad),
+        pytest.param("default", torch.no_grad, marks=in_full),
         ("default", torch.enable_grad),
         ("reduce-overhead", torch.inference_mode),
         pytest.param("max-autotune", torch.no_grad, marks=in_full),

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from tests.amount import in_full
 from tests.blocks import Calls, TransformerBlock, assert_block, assert_calls, dynamic_tokens
 from tests.ops.saved import run_saved
 
@@ -14,11 +15,18 @@ def ops(program: torch.export.ExportedProgram) -> int:
     return sum(node.target is torch.ops.moe_ops.fused_moe_tma.default for node in program.graph.nodes)
 
 
-@pytest.mark.parametrize("strict", [False, True], ids=["nonstrict", "strict"])
+BLOCK = TransformerBlock, assert_block, TOKENS
+EVERY_ARGUMENT = Calls, assert_calls, TOKENS[:-1]
+
+
 @pytest.mark.parametrize(
-    ("make", "check", "tokens"),
-    [(TransformerBlock, assert_block, TOKENS), (Calls, assert_calls, TOKENS[:-1])],
-    ids=["block", "every-argument"],
+    ("make", "check", "tokens", "strict"),
+    [
+        pytest.param(*BLOCK, False, id="block-nonstrict"),
+        pytest.param(*EVERY_ARGUMENT, True, id="every-argument-strict"),
+        pytest.param(*BLOCK, True, id="block-strict", marks=in_full),
+        pytest.param(*EVERY_ARGUMENT, False, id="every-argument-nonstrict", marks=in_full),
+    ],
 )
 def test_export(make, check, tokens, strict, tmp_path):
     torch._dynamo.reset()

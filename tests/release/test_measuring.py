@@ -1,6 +1,7 @@
 """benchmarks/release.sh: its steps, its limits, and that it goes on where it ended. Python only pretends here."""
 
 import json
+import multiprocessing
 import os
 import re
 import subprocess
@@ -12,6 +13,7 @@ import pytest
 from moe_ops.cli import make_parser
 from moe_ops.cli.recorded import check_recorded, load_peers
 from tests.checkout import ROOT
+from tests.release import fake_jobs
 
 SCRIPT = ROOT / "benchmarks" / "release.sh"
 # Answers the look for a device, writes the file behind --json, and fails or hangs in the steps it is told to.
@@ -82,6 +84,30 @@ def test_a_run_and_the_next_one(run):
     assert run.calls.read_text().count("--json") == before + 1
 
 
+def test_the_first_step_compiles_what_the_others_launch(run, monkeypatch):
+    """Those that are yet to run, each command as it will be."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import ahead
+
+    found = steps(run)
+    assert found[0][0] == "compile" and found[0][2][-1].endswith("-compile.txt")
+    timed = [(name, words) for name, _, (_, *words) in found if words[:3] == ahead.COMMAND]
+    assert len(timed) > 10
+    done = run("--prefix", "now", "--only", "compile,int4,whole-op-bf16,demo", str(run.out))
+    calls = run.calls.read_text()
+    assert done.returncode == 0 and calls.index("ahead.py") < calls.index("moe_ops bench")
+    commands = (run.out / "now-compile.txt").read_text().splitlines()
+    for command, name in zip(commands, ("whole-op-bf16", "int4"), strict=True):
+        (words,) = (words for other, words in timed if other == name)
+        expected = vars(make_parser().parse_args(words[2:]))
+        assert vars(ahead.options_of(command)) == expected | {"json": "RESULT"}
+    (run.out / "now-int4.json").unlink()
+    assert run("--prefix", "now", "--only", "compile,int4,whole-op-bf16", str(run.out)).returncode == 0
+    assert (run.out / "now-compile.txt").read_text().splitlines() == commands[1:]
+    with pytest.raises(ValueError, match=r"'python benchmarks/proof.py' is no command of python -m moe_ops bench"):
+        ahead.options_of("python benchmarks/proof.py")
+
+
 def test_a_step_has_a_limit(run, tmp_path):
     """The limits are seconds: one is made short."""
     text = SCRIPT.read_text()
@@ -124,7 +150,7 @@ def test_without_a_gpu(run):
         (["--fast"], "--fast is not known"),
         (["--only"], "--only needs a value"),
         (["--minutes", "soon"], "--minutes is 'soon', expected a number above 0"),
-        (["--dry-run", "--only", "lunch"], "--only lunch: there is no such step; there are whole-op-bf16"),
+        (["--dry-run", "--only", "lunch"], "--only lunch: there is no such step; there are compile whole-op-bf16"),
         (["--dry-run", "a", "b"], "one folder at most, got a and b"),
     ],
 )
@@ -165,6 +191,38 @@ def test_results_are_whole():
         facts = record.get("environment", record)
         assert {"torch", "date"} <= set(facts), file.name
         assert re.match(r"\d{4}-\d\d-\d\d", facts["date"]) and (facts.get("device") or facts.get("cpu")), file.name
+
+
+@pytest.fixture
+def in_turn(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    monkeypatch.setenv("TORCHINDUCTOR_COMPILE_THREADS", "1")
+    import in_turn
+
+    return in_turn
+
+
+def test_jobs_get_ready_together_and_take_turns(in_turn, tmp_path):
+    log = str(tmp_path / "log")
+    jobs = [(log, name) for name in "abc"]
+    results = dict(in_turn.run_in_turn(fake_jobs.work, jobs, 2))
+    assert [results[job][0] for job in jobs] == ["a", "b", "c"]
+    assert len({os.getpid(), *(pid for _, pid in results.values())}) == 4
+    said = Path(log).read_text().split("\n")[:-1]
+    assert sorted(said[:2]) == ["a ready", "b ready"]
+    assert said[2:6] == ["a begins", "a ends", "b begins", "b ends"] and said[6:] == ["c ready", "c begins", "c ends"]
+    # One at a time they need no processes.
+    assert [result for _, result in in_turn.run_in_turn(fake_jobs.work, jobs, 1)] == [(n, os.getpid()) for n in "abc"]
+
+
+@pytest.mark.parametrize(("name", "when"), [("fails", "ready"), ("ends", "done")])
+def test_a_job_that_fails_ends_the_others(in_turn, capfd, tmp_path, name, when):
+    log = str(tmp_path / "log")
+    with pytest.raises(in_turn.JobError, match=f"'{name}'.* failed before it was {when}"):
+        list(in_turn.run_in_turn(fake_jobs.work, [(log, name), (log, "b")], 2))
+    assert not multiprocessing.active_children()
+    assert ("as it should" in capfd.readouterr().err) == (name == "fails")
+    assert "b begins" not in Path(log).read_text()
 
 
 def test_what_pytest_says_is_counted(monkeypatch):

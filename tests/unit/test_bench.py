@@ -8,9 +8,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from moe_ops.cli import bench, main, measure, plots
+from moe_ops.cli import bench, main, make_parser, measure, plots
+from moe_ops.cli.ahead import Ahead, default_workers
 from moe_ops.cli.calls import ROUTINGS, SHAPES, draw_ids, make_calls, parse_shape
 from moe_ops.cli.formats import FORMATS
+from moe_ops.cli.known import known_card
+from moe_ops.cli.models import COMMON
 from moe_ops.cli.peers import PEERS, Peer
 
 SHAPE = "4,2,32,16"
@@ -38,6 +41,7 @@ def error_of(capsys, *arguments: str) -> str:
         (["--tokens", "1,x"], "'1,x'"),
         (["--tokens", "0"], "'0'"),
         (["--rounds", "0"], "'0'"),
+        (["--workers", "-1"], "'-1' is not a number, 0 or above"),
         (["--routing", "skewed"], "'skewed'"),
         (["--variant", "nobody"], "'nobody'"),
         (["--dtype", "float32"], "'float32'"),
@@ -214,6 +218,45 @@ def test_run(fake_gpu, capsys, tmp_path):
     assert path["stages"]["up"]["us"] == 1000 and 0 < path["stages"]["op_over_stages"] < 1
     assert "op / stages" in out and "of padded" in out and "largest rms difference from ours" in out
     assert out.count("E4-k2-H32-I16") == 4
+
+
+def test_kernels_are_compiled_before_anything_is_timed(fake_gpu, capsys, monkeypatch, tmp_path):
+    """Those of all calls in one go, by as many processes as asked; with 0 by nobody."""
+    seen = []
+
+    def compile_ahead(calls, device, workers, step):
+        seen.append((list(calls), device.kind, workers))
+        return Ahead(kernels=7, missing=5, workers=workers, seconds=2.0, errors=["RuntimeError: no"])
+
+    monkeypatch.setattr(bench, "compile_ahead", compile_ahead)
+    monkeypatch.setattr(bench, "start_session", lambda *args, original=bench.start_session, **options: (
+        seen.append("session") or original(*args, **options)))  # fmt: skip
+    run(tmp_path)
+    # On the CPU, where the fake's calls run, there is nothing to compile.
+    assert seen == [([], "cpu", default_workers()), "session"]
+    assert "kernels: 5 of 7 compiled in 2 s, 1 of them in vain: RuntimeError: no" in capsys.readouterr().out
+    run(tmp_path, "--workers", "3")
+    assert seen[2:] == [([], "cpu", 3), "session"]
+    run(tmp_path, "--workers", "0")
+    assert seen[4:] == ["session"] and "kernels:" not in capsys.readouterr().out.partition("compiled")[2]
+
+
+def test_what_a_run_launches():
+    """Of every shape and number of tokens the path that the op takes, and each variant of ours; no peer."""
+    device = known_card("h200").device
+    arguments = ["bench", "--shape", "8,2,256,128", "--tokens", "1,512"]
+    options = make_parser().parse_args([*arguments, "--variant", "classic", "--variant", "grouped_mm"])
+    calls = [call for call, _ in bench.own_calls(options, device)]
+    assert [(call.tokens, call.path) for call in calls] == [
+        (1, "tma"), (1, "classic"), (512, "tma"), (512, "classic"),
+    ]  # fmt: skip
+    options = make_parser().parse_args([*arguments, "--format", "fp8_block"])
+    assert {(call.format, call.path) for call, _ in bench.own_calls(options, device)} == {
+        ("fp8_block", "tma"), ("fp8_block", "classic"),
+    }  # fmt: skip
+    assert not list(bench.own_calls(options, known_card("a100").device))  # has no fp8
+    options = make_parser().parse_args(["bench", "--common", "--variant", "heuristic", "--variant", "tuned"])
+    assert len(list(bench.own_calls(options, device))) == 3 * 7 * sum("none" in one.formats for one in COMMON)
 
 
 def test_a_wrong_result_is_not_timed(fake_gpu, capsys, monkeypatch, tmp_path):

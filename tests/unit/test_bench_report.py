@@ -10,6 +10,7 @@ import pytest
 
 from moe_ops.cli import plots
 from moe_ops.cli.recorded import beside, best_recorded, load_peers, scale
+from tests.amount import in_full
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -298,7 +299,11 @@ def test_the_picture_has_every_peer(report, capsys, tmp_path):
     assert len({(style["color"], style["linestyle"]) for style in styles.values()}) == len(styles)
 
 
-@pytest.mark.parametrize(("file", "peers"), [(WHOLE, [str(PEERS)]), (WHOLE, []), (EAGER, [])], ids=lambda value: "")
+@pytest.mark.parametrize(
+    ("file", "peers"),
+    [(WHOLE, [str(PEERS)]), pytest.param(WHOLE, [], marks=in_full), (EAGER, [])],
+    ids=lambda value: "",
+)
 def test_plots_of_the_recorded_files(report, capsys, tmp_path, file, peers):
     pytest.importorskip("matplotlib")
     report.main(["plot", str(file), str(tmp_path), *peers])
