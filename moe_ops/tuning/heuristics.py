@@ -41,6 +41,8 @@ _ROWS_OF_64 = 60
 # I up to which an expert has so few columns that a second row block, which reads them again, costs more than padding;
 # but bytes that few are read again for less, up to so many rows an expert.
 _SHORT_UP, _ROWS_OF_16 = 512, 16
+# Rows of an expert from which a block of 32 would be too small for most.
+_ROWS_OF_32 = 32
 # H up to which a single token's up GEMM with scales of groups is better in more, shorter steps.
 _SHORT_HIDDEN = 4096
 
@@ -226,6 +228,9 @@ def _weights_only(rows: float, problem: Problem, device: Device) -> tuple[TileCo
     """
     if rows > 96 and not problem.scheme.scale_columns:
         return TileConfig(128, 64, 128, 8, 8, 3, True), TileConfig(128, 128, 128, 8, 8, 3, True)
+    if rows > _ROWS_OF_32 and not problem.scheme.scale_columns:
+        # Twice the weights a program, by twice the warps.
+        return TileConfig(64, 64, 128, 8, 8, 3, True), TileConfig(64, 128, 128, 8, 8, 3, True)
     experts = min(problem.num_routes, problem.num_experts)
     mx = problem.scheme.name == "mxfp4_w4a16"
 

@@ -34,7 +34,7 @@ def made_where_they_are_multiplied(name, kernel):
 @pytest.mark.parametrize(
     ("num_tokens", "name"),
     params(
-        [*itertools.product([1, 16, 1024], DISTINCT), (16, "int4"), (1024, "int4")],
+        [*itertools.product([1, 16, 1024], DISTINCT), (16, "int4"), (1024, "int4"), (256, "int8_weights")],
         # Alone, and in a batch of few or of many.
         [*((1, name) for name in DISTINCT), (16, "fp8_block"), (16, "int4"), (16, "mxfp4"),
          *((1024, name) for name in DISTINCT if name != "mxfp4")],
