@@ -3,8 +3,8 @@
 import torch
 
 from moe_ops.arguments import Arguments
-from moe_ops.testing import quantized_inputs
-from tests.cases import OPTIONS, SMALL
+from moe_ops.testing import override, poisoned_memory, quantized_inputs
+from tests.cases import OPTIONS, SMALL, run
 
 _BLOCKS = {"block_shape": (128, 128)}
 FORMATS = {
@@ -62,6 +62,40 @@ def one_hot_case(quantization: str, dtype: torch.dtype, device: str = "cpu", num
         *(tensor.to(device) for tensor in tensors), w1_scale=scale, w2_scale=scale, activation="relu2_no_gate",
         quantization=quantization, block_shape=(0, 32),
     )  # fmt: skip
+
+
+def every_scale_case(device: str = "cpu", num_tokens: int = 64) -> tuple[Arguments, torch.Tensor]:
+    """e8m0 scales of every size with every code of e2m1, and what comes out: out[k, n] = w2[n, k], row n by scale n.
+
+    Token k, of at most 64, is one-hot in column k, and w1 leaves it so. Of the last three scales the first two are left
+    out, which times 6 bfloat16 does not hold; the last one is NaN.
+    """
+    size, experts, rows = 64, 2, 256
+    e = torch.arange(rows)
+    e[-3:-1] = 252
+    codes = (torch.arange(rows)[:, None] + 3 * torch.arange(size)[None, :]) % 16
+    codes[-1] %= 2  # no code that a large number in the place of NaN would make infinite
+    w2 = torch.stack([codes, codes.flip(1)])
+    w1 = torch.where(torch.eye(size, rows) > 0, 2, 0).expand(experts, -1, -1)
+    ids = torch.arange(num_tokens)[:, None] % experts
+    x = torch.eye(size, rows, dtype=torch.bfloat16)[:num_tokens]
+    tensors = [x, _pack(w1), _pack(w2), torch.ones(num_tokens, 1), ids]
+    one, scale = torch.full((experts, size, rows // 32), 127), e[None, :, None].expand(experts, -1, 2)
+    args = Arguments(
+        *(tensor.to(device) for tensor in tensors), w1_scale=one.to(device, torch.uint8),
+        w2_scale=scale.to(device, torch.uint8).contiguous(), activation="relu2_no_gate",
+        quantization="mxfp4_w4a16",
+    )  # fmt: skip
+    magnitudes = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6], dtype=torch.float64)
+    numbers = torch.cat([magnitudes, -magnitudes])[w2] * torch.where(e == 255, torch.nan, 2.0 ** (e - 127.0))[:, None]
+    return args, torch.stack([numbers[k % experts, :, k] for k in range(num_tokens)]).to(device)
+
+
+def check_every_scale(args: Arguments, expected: torch.Tensor, variant: str) -> None:
+    """`every_scale_case` on the TMA path: exact, but for numbers below the normal ones."""
+    with override(path="tma", variant=variant), poisoned_memory():
+        out = run(args)
+    torch.testing.assert_close(out.double(), expected, rtol=0, atol=2.0**-126, equal_nan=True)
 
 
 def _pack(codes: torch.Tensor) -> torch.Tensor:

@@ -28,6 +28,7 @@ block_barrier = _first(_gluon, "barrier", "thread_barrier")  # 3.7
 cp_async = _first(_async_copy, "async_load", "async_copy_global_to_shared")  # 3.8
 tma_load = _first(_tma, "async_load", "async_copy_global_to_shared")  # 3.8
 tma_store = _first(_tma, "async_store", "async_copy_shared_to_global")  # 3.8
+reinterpret = _first(getattr(_gluon, "shared_memory_descriptor", None), "reinterpret", "_reinterpret")  # by 3.9
 
 
 def settle_key(kernel) -> None:

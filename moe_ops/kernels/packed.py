@@ -2,19 +2,19 @@
 
 A program has one row block of one expert and 64 rows of its weights, and steps along K by 256: 128 bytes of a row of
 weights, which TMA brings into a ring of stages with the same columns of the rows, in planes (`kernels.layout`), which
-cp.async gathers. Weights go from there into registers, become pairs of bfloat16 or float16 there (`kernels.pairs`), and
-are the tall operand of wgmma, which takes them from there:
+cp.async gathers. Weights go from there into registers, become pairs of bfloat16 or float16 there
+(`kernels.packed_operand`), and are the tall operand of wgmma, which takes them from there:
 
     w    [64, 64] of 16 bits      TMA ---> stage ---> registers --- 4 planes of 2 blocks of 32 ---+
-    x    4 planes, 2 blocks of    cp.async ---------> stage ------------------------------------- + --> wgmma
-         [BLOCK_M, 32]
+    x    2 planes of 2 blocks     cp.async ---------> stage ------------------------------------- + --> wgmma
+         side by side, twice: 4 tiles [BLOCK_M, 64]
 
 At the rate of the memory every instruction a weight counts: what a step takes beside making its weights is spread over
 128 of them a thread.
 
 A thread's 16 bytes of a row of weights are 32 columns, which never lie in two groups of a scale. Groups of 128 columns
 are a block of 32 elements, whose product is scaled; shorter ones scale the weights, in pairs where the dtype holds
-scale and product as `kernels.dequantize` has them.
+scale and product, and those of mxfp4 in bfloat16 by the product that makes numbers of them (`pairs.scaled_e2m1`).
 
 Rows of w1 lie in a stage in pieces of 16, eight of the gate and the eight of up that belong to them: a thread of wgmma
 has row r and row r + 8 of a piece, and with them both sides of a column of act.
@@ -38,14 +38,15 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup
 
 from moe_ops.kernels.activation import activate_gated, nonlinearity
 from moe_ops.kernels.compat import gdc_launch_dependents, gdc_wait
-from moe_ops.kernels.dequantize import scales_of
 from moe_ops.kernels.layout import in_planes
+from moe_ops.kernels.packed_operand import BLOCK_LAYOUT, ROWS, offsets, operand, scales, stored, two_planes
 from moe_ops.kernels.packed_ring import (
     BLOCK,
     BLOCK_K,
     PIECE,
     PLANES,
     STEP,
+    TILES,
     fill_rows,
     fill_weights,
     filler_registers,
@@ -55,112 +56,42 @@ from moe_ops.kernels.packed_ring import (
     steps_of,
     tile_of,
 )
-from moe_ops.kernels.pairs import adds, pair_code, pair_offset, pair_product
 from moe_ops.kernels.rings import next_place
 
-# Rows of weights of a tile.
-_ROWS = gl.constexpr(64)
 # Of weights as they are stored, [8, 8, STEP]: of a block, lane t of a row's four has unit t, 16 bytes. Lanes side by
 # side have rows r and r + 4, which swizzling keeps in different banks.
 _STORED_LAYOUT = gl.constexpr(gl.DistributedLinearLayout(
     [[0, 0, 1], [1, 0, 0], [0, 0, 2], [0, 0, 4], [0, 0, 32]],
     [[0, 0, 8], [0, 0, 16], [0, 4, 0], [0, 1, 0], [0, 2, 0]], [[2, 0, 0], [4, 0, 0]], [], [8, 8, 64],
 ))  # fmt: skip
-# Of one block of them in the order of wgmma's rows, [_ROWS, units, elements].
-_BLOCK_LAYOUT = gl.constexpr(gl.DistributedLinearLayout(
-    [[0, 0, 1], [8, 0, 0], [0, 0, 2], [0, 0, 4]],
-    [[0, 1, 0], [0, 2, 0], [1, 0, 0], [2, 0, 0], [4, 0, 0]], [[16, 0, 0], [32, 0, 0]], [], [64, 4, 8],
-))  # fmt: skip
 
 
 @gluon.jit
-def _pairs(q, offset, plane: gl.constexpr, FORMAT: gl.constexpr, DTYPE: gl.constexpr):
-    """A plane of stored weights, as numbers of DTYPE; offset: what is added to them where they have an offset."""
-    ADDS: gl.constexpr = adds(FORMAT, DTYPE, False)
-    if ADDS:
-        return gl.inline_asm_elementwise(
-            pair_code(FORMAT, DTYPE, plane, True), "=r,r,r", [q, offset], dtype=offset.dtype, is_pure=True, pack=2
-        )
-    else:
-        return gl.inline_asm_elementwise(
-            pair_code(FORMAT, DTYPE, plane, False), "=r,r", [q], dtype=offset.dtype, is_pure=True, pack=2
-        )
-
-
-@gluon.jit
-def _times(values, scale, DTYPE: gl.constexpr):
-    """values * scale, rounded once to DTYPE."""
-    if scale.dtype == DTYPE:
-        return gl.inline_asm_elementwise(
-            pair_product(DTYPE), "=r,r,r", [values, scale], dtype=values.dtype, is_pure=True, pack=2
-        )
-    else:
-        return (values.to(gl.float32) * scale).to(DTYPE)
-
-
-@gluon.jit
-def _operand(values, LAYOUT: gl.constexpr):
-    """A plane of a block [_ROWS, 4, 8], as wgmma's left operand in `layout.unit_order`; it moves nothing."""
-    values = values.reshape((_ROWS, 4, 4, 2)).permute((0, 2, 1, 3)).reshape((_ROWS, BLOCK))
-    return gl.convert_layout(values, gl.DotOperandLayout(0, LAYOUT, 2), assert_trivial=True)
-
-
-@gluon.jit
-def _stored(ptrs, stride_k, mask, step, block: gl.constexpr, K: gl.constexpr, SCALE_COLUMNS: gl.constexpr,
-            UNITS: gl.constexpr):  # fmt: skip
-    """What groups of columns have (scales, zero points), for a block of a step, as stored; past K there is 0.
-
-    [_ROWS] where a group is a block (UNITS False), else [_ROWS, 4], one for each unit.
-    """
-    COLUMNS: gl.constexpr = BLOCK * PLANES
-    k = step * BLOCK_K + block * COLUMNS
-    if UNITS:
-        k += gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(2, _BLOCK_LAYOUT))) * (COLUMNS // 4)
-        group_ptrs = ptrs[:, None] + (k // SCALE_COLUMNS).to(gl.int64)[None, :] * stride_k
-        return gl.load(group_ptrs, mask=mask[:, None] & (k < K)[None, :], other=0)
-    else:
-        return gl.load(ptrs + (k // SCALE_COLUMNS).to(gl.int64) * stride_k, mask=mask & (k < K), other=0)
-
-
-@gluon.jit
-def _offset(stored_zero, odd, HAS_ZERO: gl.constexpr, FORMAT: gl.constexpr, DTYPE: gl.constexpr):
-    """What `_pairs` adds to a block: the zero point and what the numbers have too much, negative. [_ROWS, 4, 8]"""
-    if HAS_ZERO:
-        zero = ((stored_zero.to(gl.int32) >> (4 * odd)[:, None]) & 15).to(gl.float32)
-        return (-(zero + pair_offset(FORMAT, DTYPE))).to(DTYPE)[:, :, None].broadcast_to((_ROWS, 4, 8))
-    else:
-        # The middle of int4; e2m1 has nothing added.
-        return gl.full((_ROWS, 4, 8), -(pair_offset(FORMAT, DTYPE) + 8.0), DTYPE, _BLOCK_LAYOUT)
-
-
-@gluon.jit
-def _block_product(q, x_smem, place, total, FRESH: gl.constexpr, scale, zero, odd, HAS_ZERO: gl.constexpr,
+def _block_product(q, x_smem, tile, total, FRESH: gl.constexpr, scale, zero, odd, HAS_ZERO: gl.constexpr,
                    FORMAT: gl.constexpr, UNITS: gl.constexpr, DTYPE: gl.constexpr, LAYOUT: gl.constexpr):  # fmt: skip
     """Starts the products of a block's planes, added to `total` or, if FRESH, by themselves.
 
-    A plane is made while the one before it is multiplied: the result is there but for the last plane, and what was
-    started before it is.
+    Two planes are made while the two before them are multiplied: the result is there but for the last two, and what was
+    started before them is.
     """
-    q = gl.convert_layout(q, _BLOCK_LAYOUT, assert_trivial=True)
-    offset = _offset(zero, odd, HAS_ZERO, FORMAT, DTYPE)
+    q = gl.convert_layout(q, BLOCK_LAYOUT, assert_trivial=True)
+    offset = offsets(zero, odd, HAS_ZERO, FORMAT, DTYPE)
     if UNITS:
-        scale = scales_of(scale, DTYPE, FORMAT)[:, :, None].broadcast_to((_ROWS, 4, 8))
-    for plane in gl.static_range(PLANES):
-        values = _pairs(q, offset, plane, FORMAT, DTYPE)
-        if UNITS:
-            values = _times(values, scale, DTYPE)
-        x = x_smem.index(place + plane * (STEP // BLOCK)).permute((1, 0))
-        pending = warpgroup_mma(_operand(values, LAYOUT), x, total, use_acc=not (FRESH and plane == 0),
+        scale = scale[:, :, None].broadcast_to((ROWS, 4, 8))
+    for pair in gl.static_range(PLANES // 2):
+        planes = two_planes(q, 2 * pair, offset, scale, FORMAT, UNITS, DTYPE)
+        x = x_smem.index(tile + pair).permute((1, 0))
+        pending = warpgroup_mma(operand(planes, LAYOUT), x, total, use_acc=not (FRESH and pair == 0),
                                 is_async=True)  # fmt: skip
         total = warpgroup_mma_wait(1, deps=(pending,))
     return total
 
 
 @gluon.jit
-def _accumulate(rings, tile, side, GATED: gl.constexpr, INTERLEAVED: gl.constexpr, N: gl.constexpr, K: gl.constexpr,
-                FORMAT: gl.constexpr, SCALE_COLUMNS: gl.constexpr, DTYPE: gl.constexpr, SPLITS: gl.constexpr,
-                LAYOUT: gl.constexpr):  # fmt: skip
-    """The mainloop: weights @ rows^T over the tile's steps, in fp32. [_ROWS, BLOCK_M]
+def _accumulate(rings, tile, side, acc, GATED: gl.constexpr, INTERLEAVED: gl.constexpr, N: gl.constexpr,
+                K: gl.constexpr, FORMAT: gl.constexpr, SCALE_COLUMNS: gl.constexpr, DTYPE: gl.constexpr,
+                SPLITS: gl.constexpr, LAYOUT: gl.constexpr):  # fmt: skip
+    """The mainloop: acc + weights @ rows^T over the tile's steps, in fp32. [ROWS, BLOCK_M]
 
     side: scales and zero points, each with their strides.
     """
@@ -170,58 +101,66 @@ def _accumulate(rings, tile, side, GATED: gl.constexpr, INTERLEAVED: gl.constexp
     STAGES: gl.constexpr = w_smem.shape[0]
     BLOCK_M: gl.constexpr = x_smem.shape[1]
     UNITS: gl.constexpr = SCALE_COLUMNS < BLOCK * PLANES
+    SCALE_DTYPE: gl.constexpr = scale_ptr.dtype.element_ty
     HAS_ZERO: gl.constexpr = zero_ptr is not None
-    UNIT_LAYOUT: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, _BLOCK_LAYOUT))
+    UNIT_LAYOUT: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, BLOCK_LAYOUT))
     SCALE_LAYOUT: gl.constexpr = UNIT_LAYOUT if UNITS else gl.SliceLayout(1, LAYOUT)
     first, last = steps_of(split, triton.cdiv(K, BLOCK_K), SPLITS)
-    rows, w_mask = weight_rows(block_n * _ROWS, N, _ROWS, GATED, INTERLEAVED, SCALE_LAYOUT)
+    rows, w_mask = weight_rows(block_n * ROWS, N, ROWS, GATED, INTERLEAVED, SCALE_LAYOUT)
     scale_ptrs = scale_ptr + expert.to(gl.int64) * stride_se + rows.to(gl.int64) * stride_sn
-    scale0 = _stored(scale_ptrs, stride_sk, w_mask, first, 0, K, SCALE_COLUMNS, UNITS)
-    scale1 = _stored(scale_ptrs, stride_sk, w_mask, first, 1, K, SCALE_COLUMNS, UNITS)
+    scale0 = stored(scale_ptrs, stride_sk, w_mask, first, 0, K, SCALE_COLUMNS, UNITS)
+    scale1 = stored(scale_ptrs, stride_sk, w_mask, first, 1, K, SCALE_COLUMNS, UNITS)
     zero0 = 0
     zero1 = 0
     odd = 0
     if HAS_ZERO:
-        rows, z_mask = weight_rows(block_n * _ROWS, N, _ROWS, GATED, INTERLEAVED, UNIT_LAYOUT)
+        rows, z_mask = weight_rows(block_n * ROWS, N, ROWS, GATED, INTERLEAVED, UNIT_LAYOUT)
         odd = rows % 2
         zero_ptrs = zero_ptr + expert.to(gl.int64) * stride_ze + (rows // 2).to(gl.int64) * stride_zn
-        zero0 = _stored(zero_ptrs, stride_zk, z_mask, first, 0, K, SCALE_COLUMNS, True)
-        zero1 = _stored(zero_ptrs, stride_zk, z_mask, first, 1, K, SCALE_COLUMNS, True)
-    acc = gl.zeros((_ROWS, BLOCK_M), gl.float32, LAYOUT)
-    none = gl.zeros((_ROWS, BLOCK_M), gl.float32, LAYOUT)
+        zero0 = stored(zero_ptrs, stride_zk, z_mask, first, 0, K, SCALE_COLUMNS, True)
+        zero1 = stored(zero_ptrs, stride_zk, z_mask, first, 1, K, SCALE_COLUMNS, True)
+    none = gl.zeros((ROWS, BLOCK_M), gl.float32, LAYOUT)
     stage = 0
     phase = 0
     for step in range(first, last):
         mbarrier.wait(full.index(stage), phase)
-        q = w_smem.index(stage).reshape((_ROWS // 8, 8, STEP)).load(_STORED_LAYOUT)
+        q = w_smem.index(stage).reshape((ROWS // 8, 8, STEP)).load(_STORED_LAYOUT)
         # In the order of wgmma's rows, then block by block; what the compiler calls it moves nothing.
-        q = q.reshape((_ROWS // 8, 2, 4, 2, 4, 8)).permute((0, 2, 1, 4, 5, 3)).reshape((_ROWS, 4, 8, 2))
+        q = q.reshape((ROWS // 8, 2, 4, 2, 4, 8)).permute((0, 2, 1, 4, 5, 3)).reshape((ROWS, 4, 8, 2))
         q0, q1 = q.split()
-        place = stage * (PLANES * (STEP // BLOCK))
-        # What belongs to a block is asked for again as soon as it is used, a step ahead: nothing else would cover the
-        # way to memory of loads this small. Sooner, it would be copied, and so waited for.
-        total0 = _block_product(q0, x_smem, place, none, True, scale0, zero0, odd, HAS_ZERO, FORMAT, UNITS, DTYPE,
-                                LAYOUT)  # fmt: skip
+        place = stage * TILES
+        # What belongs to a block is asked for again when it has been used or, if it is made something else, at once: a
+        # step ahead, since nothing else would cover the way to memory of loads this small. What is still to be used
+        # would be copied, and so waited for.
         if UNITS:
-            scale0 = _stored(scale_ptrs, stride_sk, w_mask, step + 1, 0, K, SCALE_COLUMNS, UNITS)
+            factor0 = scales(scale0, FORMAT, DTYPE, SCALE_DTYPE)
+            factor1 = scales(scale1, FORMAT, DTYPE, SCALE_DTYPE)
+            scale0 = stored(scale_ptrs, stride_sk, w_mask, step + 1, 0, K, SCALE_COLUMNS, UNITS)
+            scale1 = stored(scale_ptrs, stride_sk, w_mask, step + 1, 1, K, SCALE_COLUMNS, UNITS)
+            total0 = _block_product(q0, x_smem, place, acc, False, factor0, zero0, odd, HAS_ZERO, FORMAT, UNITS, DTYPE,
+                                    LAYOUT)  # fmt: skip
+        else:
+            total0 = _block_product(q0, x_smem, place, none, True, 0, zero0, odd, HAS_ZERO, FORMAT, UNITS, DTYPE,
+                                    LAYOUT)  # fmt: skip
         if HAS_ZERO:
-            zero0 = _stored(zero_ptrs, stride_zk, z_mask, step + 1, 0, K, SCALE_COLUMNS, True)
-        total1 = _block_product(q1, x_smem, place + 1, total0 if UNITS else none, not UNITS, scale1, zero1, odd,
-                                HAS_ZERO, FORMAT, UNITS, DTYPE, LAYOUT)  # fmt: skip
-        if not UNITS:
-            acc += total0 * scale0.to(gl.float32)[:, None]
-            scale0 = _stored(scale_ptrs, stride_sk, w_mask, step + 1, 0, K, SCALE_COLUMNS, UNITS)
+            zero0 = stored(zero_ptrs, stride_zk, z_mask, step + 1, 0, K, SCALE_COLUMNS, True)
         if UNITS:
-            scale1 = _stored(scale_ptrs, stride_sk, w_mask, step + 1, 1, K, SCALE_COLUMNS, UNITS)
+            total1 = _block_product(q1, x_smem, place + TILES // 2, total0, False, factor1, zero1, odd, HAS_ZERO,
+                                    FORMAT, UNITS, DTYPE, LAYOUT)  # fmt: skip
+        else:
+            total1 = _block_product(q1, x_smem, place + TILES // 2, none, True, 0, zero1, odd, HAS_ZERO, FORMAT, UNITS,
+                                    DTYPE, LAYOUT)  # fmt: skip
+            acc += total0 * scales(scale0, FORMAT, DTYPE, SCALE_DTYPE).to(gl.float32)[:, None]
+            scale0 = stored(scale_ptrs, stride_sk, w_mask, step + 1, 0, K, SCALE_COLUMNS, UNITS)
         if HAS_ZERO:
-            zero1 = _stored(zero_ptrs, stride_zk, z_mask, step + 1, 1, K, SCALE_COLUMNS, True)
+            zero1 = stored(zero_ptrs, stride_zk, z_mask, step + 1, 1, K, SCALE_COLUMNS, True)
         total1 = warpgroup_mma_wait(0, deps=(total1,))
         mbarrier.arrive(empty.index(stage), count=1)
         if UNITS:
-            acc += total1
+            acc = total1
         else:
-            acc += total1 * scale1.to(gl.float32)[:, None]
-            scale1 = _stored(scale_ptrs, stride_sk, w_mask, step + 1, 1, K, SCALE_COLUMNS, UNITS)
+            acc += total1 * scales(scale1, FORMAT, DTYPE, SCALE_DTYPE).to(gl.float32)[:, None]
+            scale1 = stored(scale_ptrs, stride_sk, w_mask, step + 1, 1, K, SCALE_COLUMNS, UNITS)
         stage, phase = next_place(stage, phase, STAGES)
     return acc
 
@@ -247,6 +186,16 @@ def _stored_row(row):
 
 
 @gluon.jit
+def _bias(bias_ptr, stride_be, expert, rows, there, BLOCK_M: gl.constexpr, LAYOUT: gl.constexpr):
+    """What the sums begin with: the bias of a tile's rows of weights, in fp32; without one zeros. [ROWS, BLOCK_M]"""
+    if bias_ptr is None:
+        return gl.zeros((ROWS, BLOCK_M), gl.float32, LAYOUT)
+    else:
+        bias = gl.load(bias_ptr + expert.to(gl.int64) * stride_be + rows, mask=there, other=0.0)
+        return bias.to(gl.float32)[:, None].broadcast_to((ROWS, BLOCK_M))
+
+
+@gluon.jit
 def _consume_up(rings, tile, side, routing, epilogue, N: gl.constexpr, K: gl.constexpr, ACTIVATION: gl.constexpr,
                 GATED: gl.constexpr, INTERLEAVED: gl.constexpr, HAS_LIMIT: gl.constexpr, FORMAT: gl.constexpr,
                 SCALE_COLUMNS: gl.constexpr, DTYPE: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr
@@ -257,16 +206,17 @@ def _consume_up(rings, tile, side, routing, epilogue, N: gl.constexpr, K: gl.con
     bias_ptr, stride_be, router_weights_ptr, act_ptr, stride_am, alpha, limit = epilogue
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
     if expert >= 0:
-        acc = _accumulate(rings, tile, side, GATED, INTERLEAVED, N, K, FORMAT, SCALE_COLUMNS, DTYPE, 1, LAYOUT)
-        rows, routes, mask = rows_of(block_m, sorted_routes_ptr, num_routes, BLOCK_M, gl.SliceLayout(0, LAYOUT))
+        w_rows, there = weight_rows(block_n * ROWS, N, ROWS, GATED, INTERLEAVED, gl.SliceLayout(1, LAYOUT))
+        bias = _bias(bias_ptr, stride_be, expert, w_rows, there, BLOCK_M, LAYOUT)
+        # A router weight multiplies the sums alone.
+        acc = bias if router_weights_ptr is None else gl.zeros((ROWS, BLOCK_M), gl.float32, LAYOUT)
+        acc = _accumulate(rings, tile, side, acc, GATED, INTERLEAVED, N, K, FORMAT, SCALE_COLUMNS, DTYPE, 1, LAYOUT)
         if router_weights_ptr is not None:
-            acc *= gl.load(router_weights_ptr + routes, mask=mask, other=0.0).to(gl.float32)[None, :]
-        if bias_ptr is not None:
-            w_rows, there = weight_rows(block_n * _ROWS, N, _ROWS, GATED, INTERLEAVED, gl.SliceLayout(1, LAYOUT))
-            bias = gl.load(bias_ptr + expert.to(gl.int64) * stride_be + w_rows, mask=there, other=0.0)
-            acc += bias.to(gl.float32)[:, None]
+            rows, routes, mask = rows_of(block_m, sorted_routes_ptr, num_routes, BLOCK_M, gl.SliceLayout(0, LAYOUT))
+            weights = gl.load(router_weights_ptr + routes, mask=mask, other=0.0).to(gl.float32)
+            acc = acc * weights[None, :] + bias
         if GATED:
-            gate, up = acc.reshape((_ROWS // PIECE, 2, PIECE // 2, BLOCK_M)).permute((0, 2, 3, 1)).split()
+            gate, up = acc.reshape((ROWS // PIECE, 2, PIECE // 2, BLOCK_M)).permute((0, 2, 3, 1)).split()
             y = activate_gated(gate, up, ACTIVATION, HAS_LIMIT, alpha, limit).reshape((BLOCK_N, BLOCK_M))
         else:
             y = nonlinearity(acc, ACTIVATION, alpha)
@@ -295,13 +245,11 @@ def _consume_down(rings, tile, side, routing, epilogue, N: gl.constexpr, K: gl.c
     bias_ptr, stride_be, rows_ptr, stride_rm, max_rows = epilogue
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
     if expert >= 0:
-        acc = _accumulate(rings, tile, side, False, False, N, K, FORMAT, SCALE_COLUMNS, DTYPE, SPLITS, LAYOUT)
         columns, exists = weight_rows(block_n * BLOCK_N, N, BLOCK_N, False, False, gl.SliceLayout(1, LAYOUT))
-        if bias_ptr is not None:
-            # Of one part alone.
-            there = columns < gl.where(split == 0, N, 0)
-            bias = gl.load(bias_ptr + expert.to(gl.int64) * stride_be + columns, mask=there, other=0.0)
-            acc += bias.to(gl.float32)[:, None]
+        # Of one part alone.
+        there = columns < gl.where(split == 0, N, 0)
+        acc = _bias(bias_ptr, stride_be, expert, columns, there, BLOCK_M, LAYOUT)
+        acc = _accumulate(rings, tile, side, acc, False, False, N, K, FORMAT, SCALE_COLUMNS, DTYPE, SPLITS, LAYOUT)
         rows, routes, mask = rows_of(block_m, sorted_routes_ptr, num_routes, BLOCK_M, gl.SliceLayout(0, LAYOUT))
         row_ptrs = rows_ptr + (rows + split * max_rows).to(gl.int64) * stride_rm
         gl.store(row_ptrs[None, :] + columns[:, None], acc.to(rows_ptr.dtype.element_ty),
@@ -336,7 +284,7 @@ def packed_up_kernel(
                        SCALE_COLUMNS, x_ptr.dtype.element_ty, BLOCK_M, BLOCK_N)),
         (fill_rows, (rings, tile, x_ptr, stride_xm, sorted_routes_ptr, num_routes, K, TOP_K, BLOCK_M, 1, False,
                      PROXY_FENCE)),
-        (fill_weights, (rings, tile, weights_desc, _ROWS, triton.cdiv(K, BLOCK_K), 1, GATED)),
+        (fill_weights, (rings, tile, weights_desc, ROWS, triton.cdiv(K, BLOCK_K), 1, GATED)),
     ], [1, 1], [filler_registers(BLOCK_M), filler_registers(BLOCK_M)])  # fmt: skip
 
 
@@ -363,5 +311,5 @@ def packed_down_kernel(
                          BLOCK_M, BLOCK_N, SPLITS)),
         (fill_rows, (rings, tile, act_ptr, stride_am, sorted_routes_ptr, num_routes, K, 0, BLOCK_M, SPLITS, PDL,
                      PROXY_FENCE)),
-        (fill_weights, (rings, tile, weights_desc, _ROWS, triton.cdiv(K, BLOCK_K), SPLITS, False)),
+        (fill_weights, (rings, tile, weights_desc, ROWS, triton.cdiv(K, BLOCK_K), SPLITS, False)),
     ], [1, 1], [filler_registers(BLOCK_M), filler_registers(BLOCK_M)])  # fmt: skip

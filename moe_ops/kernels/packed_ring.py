@@ -9,7 +9,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
-from moe_ops.kernels.compat import block_barrier, cp_async, gdc_launch_dependents, gdc_wait, tma_load
+from moe_ops.kernels.compat import block_barrier, cp_async, gdc_launch_dependents, gdc_wait, reinterpret, tma_load
 from moe_ops.kernels.grouped_gemm import tile
 from moe_ops.kernels.rings import next_place
 
@@ -18,10 +18,13 @@ PLANES = gl.constexpr(4)
 STEP = gl.constexpr(64)
 BLOCK = gl.constexpr(32)
 BLOCK_K = gl.constexpr(256)
+# Of the rows of a stage: two planes of a block each, 128 bytes of a row.
+TILES = gl.constexpr(4)
 # Rows of weights that a warp multiplies at once.
 PIECE = gl.constexpr(16)
-# Of a block of rows as it is copied, 16 bytes a thread.
-ROWS_LAYOUT = gl.constexpr(gl.BlockedLayout([1, 8], [8, 4], [1, 1], [1, 0]))
+# Of the tiles of a stage as they are copied, [TILES, rows, 2 * BLOCK], 16 bytes a thread: all by two addresses of 8
+# rows, and what is added to them.
+ROWS_LAYOUT = gl.constexpr(gl.BlockedLayout([1, 1, 8], [1, 4, 8], [1, 1, 1], [2, 1, 0]))
 
 
 @gluon.constexpr_function
@@ -32,8 +35,8 @@ def plane_width(columns: int) -> int:
 
 @gluon.constexpr_function
 def filler_registers(block_m: int) -> int:
-    """Registers of those who fill the stages: one copies block_m / 8 rows at a time."""
-    return 8 + block_m
+    """Registers of those who fill the stages: a thread has addresses of block_m / 4 rows."""
+    return 24 if block_m == 8 else 32 + block_m // 2
 
 
 @gluon.jit
@@ -46,7 +49,7 @@ def start(weights_desc, DTYPE: gl.constexpr, BLOCK_M: gl.constexpr, STAGES: gl.c
         mbarrier.init(empty.index(i), count=1)
     w_smem = gl.allocate_shared_memory(weights_desc.dtype, [STAGES] + weights_desc.block_shape, weights_desc.layout)
     x_smem = gl.allocate_shared_memory(
-        DTYPE, [STAGES * PLANES * (STEP // BLOCK), BLOCK_M, BLOCK], gl.NVMMASharedLayout(2 * BLOCK, 16, 2)
+        DTYPE, [STAGES * TILES, BLOCK_M, 2 * BLOCK], gl.NVMMASharedLayout(4 * BLOCK, 16, 2)
     )
     fence_async_shared()
     block_barrier()
@@ -104,7 +107,7 @@ def fill_weights(rings, tile, weights_desc, ROWS: gl.constexpr, STEPS: gl.conste
 @gluon.jit
 def fill_rows(rings, tile, row_ptr, stride_rm, sorted_routes_ptr, num_routes, K: gl.constexpr, TOP_K: gl.constexpr,
               BLOCK_M: gl.constexpr, SPLITS: gl.constexpr, WAIT: gl.constexpr, FENCE: gl.constexpr):  # fmt: skip
-    """The warp that copies the rows, plane by plane and block by block; padding rows are zeros, and are not read.
+    """The warp that copies the rows, a stage at once; padding rows are zeros, and are not read.
 
     TOP_K: routes of a token, whose rows these are; 0: sorted rows. WAIT: for the launch before this one, which makes
     them. The copies complete behind the warp's back: it says so when those of the next stage are on their way.
@@ -113,30 +116,36 @@ def fill_rows(rings, tile, row_ptr, stride_rm, sorted_routes_ptr, num_routes, K:
     block_m, block_n, split, expert = tile
     STAGES: gl.constexpr = w_smem.shape[0]
     WIDTH: gl.constexpr = plane_width(K)
+    LINES: gl.constexpr = gl.SliceLayout(0, ROWS_LAYOUT)
+    rows, routes, mask = rows_of(block_m, sorted_routes_ptr, num_routes, BLOCK_M, gl.SliceLayout(1, LINES))
     if WAIT:
         gdc_wait()
         gdc_launch_dependents()
     if expert >= 0:
         first, last = steps_of(split, triton.cdiv(K, BLOCK_K), SPLITS)
-        rows, routes, mask = rows_of(block_m, sorted_routes_ptr, num_routes, BLOCK_M, gl.SliceLayout(1, ROWS_LAYOUT))
         if TOP_K:
             rows = routes // TOP_K
-        offsets = gl.arange(0, BLOCK, gl.SliceLayout(0, ROWS_LAYOUT))
+        columns = gl.arange(0, 2 * BLOCK, gl.SliceLayout(0, LINES))
         # Rows start at multiples of a block of 32, in a form from which the compiler sees it.
-        ptrs = row_ptr + rows.to(gl.int64)[:, None] * (stride_rm // 32 * 32) + offsets[None, :]
+        lines = row_ptr + rows.to(gl.int64)[:, None] * (stride_rm // 32 * 32)
+        lines += (columns // BLOCK * WIDTH + columns % BLOCK)[None, :]
+        tiles = gl.arange(0, TILES, gl.SliceLayout(1, gl.SliceLayout(2, ROWS_LAYOUT)))
+        block = tiles // 2 * BLOCK
+        ptrs = lines[None, :, :] + (block + tiles % 2 * 2 * WIDTH)[:, None][:, :, None]
+        boxes = reinterpret(
+            x_smem, x_smem.dtype, [STAGES, TILES, BLOCK_M, 2 * BLOCK], gl.NVMMASharedLayout(4 * BLOCK, 16, 3)
+        )
+        alive = mask[:, None][None, :, :]
         stage = 0
         phase = 1
         # The stage whose copies are on their way, if there is one.
         copied = STAGES - 1
         for step in range(first, last):
             mbarrier.wait(empty.index(stage), phase)
-            for plane in gl.static_range(PLANES):
-                for block in gl.static_range(STEP // BLOCK):
-                    there = mask[:, None]
-                    if WIDTH % STEP != 0 and block > 0:
-                        there = there & (step * STEP + block * BLOCK < WIDTH)
-                    x = x_smem.index((stage * PLANES + plane) * (STEP // BLOCK) + block)
-                    cp_async(x, ptrs + (step * STEP + plane * WIDTH + block * BLOCK), mask=there)
+            there = alive
+            if WIDTH % STEP != 0:
+                there = alive & (step * STEP + block < WIDTH)[:, None][:, :, None]
+            cp_async(boxes.index(stage), ptrs + step * STEP, mask=there)
             async_copy.commit_group()
             async_copy.wait_group(1)
             if FENCE:

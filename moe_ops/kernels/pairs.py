@@ -22,6 +22,8 @@ from moe_ops.kernels.compat import INTERPRETED
 
 _ONE = {"bf16": 0x3F80, "f16": 0x3C00}
 _MINUS_ZERO = 0x8000
+# Of pairs of factors of `scaled_e2m1`: the first that is no number, and that of a NaN's e.
+_LARGE, _NAN = "0x7f800000", "0xbe80be80"
 
 
 @triton.constexpr_function
@@ -96,3 +98,57 @@ def _e2m1(name: str, plane: int) -> str:
 def pair_product(dtype) -> str:
     """PTX of $0 = $1 * $2."""
     return f"{{ .reg .b32 zero; mov.b32 zero, {_both(_MINUS_ZERO)}; fma.rn.{_name(dtype)}x2 $0, $1, $2, zero; }}"
+
+
+@triton.constexpr_function
+def load_code(bits: int) -> str:
+    """PTX of $0 = the 8 or 16 bits at $1, or 0 where $2 is."""
+    return f"{{ .reg .pred there; setp.ne.u32 there, $2, 0; mov.b32 $0, 0; @there ld.global.u{bits} $0, [$1]; }}"
+
+
+@triton.constexpr_function
+def scales_at_once(FORMAT: str, dtype) -> bool:
+    """Whether weights become numbers and are scaled by one product, `scaled_e2m1`."""
+    return FORMAT == "mxfp4_w4a16" and dtype == tl.bfloat16
+
+
+@triton.constexpr_function
+def scaled_e2m1(plane: int) -> str:
+    """PTX of $0 to $7 = a plane of $16 to $23 in pairs of bfloat16, times scales, and $8 to $15 the next plane.
+
+    $24 to $39: of each weight of a plane what `e2m1_factor` makes of its scale; rows take turns in pairs of weights.
+    A factor is the scale times 2^126 where bfloat16 has that, up to a scale of 2. Above, the threads that have such a
+    scale multiply again, first by 2^127.
+    """
+    body = ".reg .b32 t<16>, factor, zero, power; .reg .pred large, is;"
+    body += f"mov.b32 zero, {_both(_MINUS_ZERO)}; mov.b32 power, {_both(254 << 7)};"
+    factors = [24 + 2 * (i % 8) for i in range(16)]
+    for i, factor in enumerate(factors):
+        at, q = 4 * (i // 8), 16 + i % 8
+        # Of planes 2 and 3 first 8 bits down, as in `_e2m1`.
+        body += f"shr.b32 t{i}, ${q}, 8;" if plane > 1 else f"mov.b32 t{i}, ${q};"
+        body += f"and.b32 t{i}, t{i}, {_both(15 << at)}; mul.lo.u32 t{i}, t{i}, {(1 << 12 - at) + (1 << 6 - at)};"
+        body += f"and.b32 t{i}, t{i}, {_both(0x81C0)}; fma.rn.bf16x2 ${i}, t{i}, ${factor}, zero;"
+    body += f"setp.ge.u32 large, ${factors[0]}, {_LARGE}; setp.ge.or.u32 large, ${factors[1]}, {_LARGE}, large;"
+    body += "@!large bra done;"
+    for i, factor in enumerate(factors):
+        body += f"setp.eq.u32 is, ${factor}, {_NAN}; sub.u32 factor, ${factor}, {_both(0x3F80)};"
+        body += f"selp.b32 factor, {_both(0x7FC0)}, factor, is; setp.ge.u32 is, ${factor}, {_LARGE};"
+        body += f"fma.rn.bf16x2 t{i}, t{i}, power, zero; @is fma.rn.bf16x2 ${i}, t{i}, factor, zero;"
+    return "{ " + body + " done: }"
+
+
+@triton.constexpr_function
+def scaled_operands() -> str:
+    """Constraints of `scaled_e2m1`; what it writes is written before the last of its operands is read."""
+    return ",".join(["=&r"] * 16 + ["r"] * 24)
+
+
+@triton.jit
+def e2m1_factor(scale):
+    """What `scaled_e2m1` takes of e8m0 scales in an int32.
+
+    Both halves have 128 * (e + 126): from 0 to 128 that is bfloat16's 2^(e - 1). Of a larger e it is what an unsigned
+    comparison finds beyond the largest of them.
+    """
+    return scale * 0x00800080 + 0x3F003F00

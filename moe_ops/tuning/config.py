@@ -12,7 +12,8 @@ class TileConfig:
 
     Attributes:
         block_m: rows (routes of one expert) of a tile, the same for both GEMMs, since it is the padding of the
-            sorted order. 1 where each route is multiplied by itself (variant "direct"); all blocks else are 16 or more.
+            sorted order. 1 where each route is multiplied by itself (variant "direct"), 8 in variant "packed" alone;
+            all blocks else are 16 or more.
         block_n: output columns of a tile. A gated up projection computes gate and up of each, 2 * block_n rows of w1.
         block_k: step along the reduction.
         group_m: row blocks that sweep the columns together, so that they share a weight tile in L2.
@@ -44,7 +45,7 @@ class TileConfig:
     def packed_programs(self) -> int:
         """Programs of variant "packed" that a multiprocessor of Hopper runs at once, by shared memory and registers."""
         stage_bytes = self.block_k // 2 * 64 + 2 * self.block_k * self.block_m
-        most = 4 if self.block_m == 16 else 3
+        most = 4 if self.block_m <= 16 else 3
         return min(most, _HOPPER_SHARED_MEMORY // (self.num_stages * stage_bytes + _PACKED_RESERVE))
 
     def shared_memory(self, itemsize: int, *, gated: bool) -> int:

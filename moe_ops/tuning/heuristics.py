@@ -25,8 +25,8 @@ _LARGE_SHARED_MEMORY = 160 * 1024
 _PROGRAMS, _PROGRAMS_LONG = 4, 1.5
 # Variants whose down GEMM can have its K in parts.
 SPLIT_VARIANTS = ("sorted", "packed")
-# So many parts in "packed", of so many steps at least.
-_SPLITS, _SPLIT_STEPS = (1, 2, 4, 8), 5
+# So many parts in "packed", of so many steps at least; programs that keep a multiprocessor busy.
+_SPLITS, _SPLIT_STEPS, _BUSY = (1, 2, 4, 8), 5, 4
 # In "sorted" up to so many rows an expert, in parts of so many steps at least, and below so many programs a
 # multiprocessor, by format: the more a program has to do for a weight, the more of them keep the memory busy.
 _SPLIT_ROWS, _SPLIT_LONG = 8, 8
@@ -121,10 +121,17 @@ def down_splits(problem: Problem, device: Device, variant: str, down: TileConfig
         return 1
     columns, steps = -(-problem.hidden_size // down.block_n), -(-problem.intermediate_size // down.block_k)
     if variant == "packed":
-        tiles, programs = active_experts(problem) * columns, down.packed_programs() * device.num_sms
+        tiles, at_once = active_experts(problem) * columns, down.packed_programs()
         choices = [s for s in _SPLITS if s == 1 or steps >= s * _SPLIT_STEPS]
-        # Waves of programs; each part more is rows in fp32 that are written and read.
-        return 1 if tiles >= 2 * programs else min(choices, key=lambda s: -(-(tiles * s) // programs) / s + s / 20)
+
+        def programs(splits: int) -> float:
+            """That a multiprocessor has time for until all are done, those of one part; each part is rows to add."""
+            share = -(-tiles * splits // device.num_sms)
+            # Four keep it busy until the last of them ends; fewer leave it idle where the last are few.
+            whole = max(share, at_once) if at_once == _BUSY else -(-share // at_once) * at_once
+            return whole / splits + splits / 10
+
+        return 1 if tiles >= 2 * at_once * device.num_sms else min(choices, key=programs)
     below = _SPLIT_BELOW["packed" if problem.scheme.packed else "weights" if problem.scheme.weights_only else "rows"]
     if not problem.scheme.quantized or expected_rows(problem) > _SPLIT_ROWS:
         return 1

@@ -24,8 +24,9 @@ def form_obstacle(problem: Problem, variant: str, up: TileConfig, down: TileConf
     unsorted = variant == "direct"
     if (up.block_m == 1) != unsorted:
         return f"block_m is {up.block_m} in variant {variant!r}; it is 1 in 'direct', and in no other"
-    if not unsorted and min(min(tile.block_m, tile.block_n, tile.block_k) for tile in (up, down)) < 16:
-        return f"a block of {up} or {down} is below 16, which only variant 'direct' can have"
+    smallest = min(min(tile.block_m, tile.block_n, tile.block_k) for tile in (up, down))
+    if variant not in ("direct", "packed") and smallest < 16:
+        return f"a block of {up} or {down} is below 16, which only variants 'direct' and 'packed' can have"
     least = PLANE_UNIT * problem.scheme.planes
     if problem.scheme.packed and not unsorted and min(up.block_k, down.block_k) < least:
         return f"block_k of {up} or {down} is below {least}, {PLANE_UNIT} bytes of packed weights"

@@ -23,6 +23,8 @@ _QUANTIZED_ROWS = 16
 _DIRECT_WEIGHTS = 60_000_000
 # The same up to which the kernel for packed weights is: it spends its time on making numbers of them, not on products.
 _PACKED_ROWS = 16
+# The same up to which its row blocks are of 8: half the padding, and half the copies. Twice as many scatter too widely.
+_PACKED_FEW_ROWS = 4
 # What it takes: K steps, rows of weights, groups of columns with a scale, rows of w1's sides that lie together, and
 # weights that it reads at once.
 _PACKED_STEP, _PACKED_WEIGHTS, _PACKED_GROUPS, _SIDE, _CODES = 256, 64, (32, 64, 128), 8, 4
@@ -183,11 +185,15 @@ def packed_tiles(problem: Problem, device: Device) -> tuple[TileConfig, TileConf
     """(up, down): as few rows as an expert needs, 64 rows of weights, and steps of 128 bytes of them.
 
     Three stages leave room for four programs on a multiprocessor, four for three: for tiles that all run at once then.
+    With 8 rows four programs have room for four stages each, and three are faster.
     """
-    block_m = 16 if expected_rows(problem) <= 8 else 32
-    down = TileConfig(block_m, _PACKED_WEIGHTS, _PACKED_STEP, 8, 4, 3, True)
+    rows = expected_rows(problem)
+    block_m = 8 if rows <= _PACKED_FEW_ROWS else 16 if rows <= 8 else 32
+    # Experts of few rows have one block, whose columns then lie together; else blocks that share weights run together.
+    down = TileConfig(block_m, _PACKED_WEIGHTS, _PACKED_STEP, 1 if block_m == 8 else 8, 4, 3, True)
     deep = replace(down, num_stages=4)
-    if active_experts(problem) * -(-problem.w1_rows // _PACKED_WEIGHTS) <= deep.packed_programs() * device.num_sms:
+    tiles = active_experts(problem) * -(-problem.w1_rows // _PACKED_WEIGHTS)
+    if block_m > 8 and tiles <= deep.packed_programs() * device.num_sms:
         down = deep
     return (replace(down, block_n=_PACKED_WEIGHTS // 2) if problem.activation.gated else down), down
 
@@ -220,9 +226,9 @@ def _packed_obstacle(problem: Problem, up: TileConfig, down: TileConfig) -> str 
     columns = _PACKED_WEIGHTS // 2 if problem.activation.gated else _PACKED_WEIGHTS
     for name, tile, block_n in (("up", up, columns), ("down", down, _PACKED_WEIGHTS)):
         own = TileConfig(tile.block_m, block_n, _PACKED_STEP, tile.group_m, 4, tile.num_stages, True)
-        if tile != own or tile.block_m not in (16, 32) or not 2 <= tile.num_stages <= _PACKED_STAGES:
+        if tile != own or tile.block_m not in (8, 16, 32) or not 2 <= tile.num_stages <= _PACKED_STAGES:
             return (
-                f"{name} is {tile}, and variant 'packed' has {own}, block_m 16 or 32 and num_stages 2 to "
+                f"{name} is {tile}, and variant 'packed' has {own}, block_m 8, 16 or 32 and num_stages 2 to "
                 f"{_PACKED_STAGES}"
             )
     return None

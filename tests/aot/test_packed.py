@@ -34,10 +34,15 @@ VARIANTS = {
     "no gate": ("int4", BF16, SIZES | TAILS | {"activation": "relu2_no_gate"}),
     "gelu": ("mxfp4", BF16, SIZES | {"activation": "gelu", "apply_router_weight_on_input": True}),
     "parts": ("int4", BF16, SIZES | {"num_tokens": 1, "intermediate": 8192}),
+    "16 rows": ("int4", BF16, SIZES | {"num_tokens": 12}),
+    "16 rows of mxfp4": ("mxfp4", BF16, SIZES | {"num_tokens": 12} | TAILS),
+    "16 rows with zero points": ("int4_zero_points", BF16, SIZES | {"num_tokens": 12} | TAILS),
+    "16 rows of many columns": ("int4", BF16, SIZES | {"num_tokens": 12, "hidden": 2880, "intermediate": 320}),
+    "32 rows of many columns": ("mxfp4", BF16, SIZES | {"num_tokens": 30, "hidden": 288, "intermediate": 2880}),
     "32 rows": ("int4", BF16, SIZES | {"num_tokens": 30}),
     "32 rows of mxfp4": ("mxfp4", BF16, SIZES | {"num_tokens": 30} | TAILS),
 }
-USUAL = ["int4 tails", "int4 zero points tails", "gpt-oss", "32 rows"]
+USUAL = ["int4 tails", "int4 zero points tails", "gpt-oss", "16 rows of many columns", "32 rows"]
 
 
 @pytest.mark.parametrize("name", params(list(VARIANTS), USUAL))
@@ -72,12 +77,14 @@ def test_obstacles(form, options, arch, reason):
     assert obstacle is None if reason is None else reason in obstacle
 
 
-@pytest.mark.parametrize(("num_tokens", "block_m"), [(5, 16), (60, 32)])
-def test_tiles(num_tokens, block_m):
+@pytest.mark.parametrize(("num_tokens", "block_m", "stages"), [(5, 8, 3), (12, 16, 4), (60, 32, 4)])
+def test_tiles(num_tokens, block_m, stages):
     problem = make_problem(quantized_case("int4", BF16, **SIZES | {"num_tokens": num_tokens}))
     tiles = packed_tiles(problem, DEVICES[90])
-    # Few tiles: all run at once with one program less on a multiprocessor, and a stage more each.
-    assert [(tile.block_m, tile.num_stages) for tile in tiles] == [(block_m, 4)] * 2
+    # Few tiles: of 16 rows and more all run at once with one program less on a multiprocessor, and a stage more each.
+    assert [(tile.block_m, tile.num_stages) for tile in tiles] == [(block_m, stages)] * 2
+    # Of an expert's only block all columns lie together.
+    assert [tile.group_m for tile in tiles] == [1 if block_m == 8 else 8] * 2
     assert tiles_obstacle("packed", problem, *(replace(t, group_m=4, num_stages=3) for t in tiles)) is None
     for changed in ({"block_k": 128}, {"block_m": 64}, {"num_stages": 1}, {"swap_ab": False}):
-        assert "block_m 16 or 32" in tiles_obstacle("packed", problem, *(replace(t, **changed) for t in tiles))
+        assert "block_m 8, 16 or 32" in tiles_obstacle("packed", problem, *(replace(t, **changed) for t in tiles))

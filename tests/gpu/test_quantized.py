@@ -10,7 +10,15 @@ from moe_ops.testing import assert_correct, assert_exact, errors, override, pois
 from moe_ops.testing.emulator import emulate
 from moe_ops.tuning import VARIANTS, variant_obstacle
 from tests.cases import OPTIONS, run
-from tests.quantized import FORMATS, hard_rows, one_hot_case, quantized_case, with_options
+from tests.quantized import (
+    FORMATS,
+    check_every_scale,
+    every_scale_case,
+    hard_rows,
+    one_hot_case,
+    quantized_case,
+    with_options,
+)
 
 CAPABILITY = torch.cuda.get_device_capability() if torch.cuda.is_available() else (0, 0)
 # (path, variant, tokens): few and many rows an expert, and one token.
@@ -20,6 +28,7 @@ RUNS = [
     ("classic", "sorted", 400),
     ("tma", "direct", 1),
     *(("tma", variant, tokens) for variant in VARIANTS if variant != "direct" for tokens in (7, 150, 1500)),
+    ("tma", "packed", 20),
 ]
 SHAPES = {"whole": {"hidden": 512, "intermediate": 256}, "tails": {"hidden": 288, "intermediate": 160}}
 DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -84,7 +93,9 @@ def test_option_of_the_prefill_kernels(name, option):
     assert_correct(out, args)
 
 
-@pytest.mark.parametrize(("path", "variant"), [("classic", "sorted"), ("tma", "sorted"), ("classic", "direct")])
+@pytest.mark.parametrize(
+    ("path", "variant"), [("classic", "sorted"), ("tma", "sorted"), ("classic", "direct"), ("tma", "packed")]
+)
 @pytest.mark.parametrize("quantization", ["int4_w4a16", "mxfp4_w4a16"])
 @DTYPES
 def test_every_code_in_every_place(quantization, path, variant, dtype):
@@ -92,6 +103,14 @@ def test_every_code_in_every_place(quantization, path, variant, dtype):
     skip_unless_it_runs(args, path, variant)
     with override(path=path, variant=variant), poisoned_memory():
         assert_exact(run(args), args)
+
+
+@pytest.mark.parametrize("num_tokens", [8, 16, 64])
+@pytest.mark.parametrize("variant", ["sorted", "packed"])
+def test_every_scale_of_mxfp4(variant, num_tokens):
+    args, expected = every_scale_case("cuda", num_tokens)
+    skip_unless_it_runs(args, "tma", variant)
+    check_every_scale(args, expected, variant)
 
 
 @pytest.mark.parametrize("variant", ["sorted", "pingpong", "blockscaled"])

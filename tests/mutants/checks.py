@@ -31,7 +31,7 @@ from moe_ops.tuning import TileConfig
 from tests import exchange as rows
 from tests import routers
 from tests.cases import option_case, run
-from tests.quantized import hard_rows, quantized_case
+from tests.quantized import check_every_scale, every_scale_case, hard_rows, quantized_case
 
 _PROT_NONE = 0
 # Offsets of 2^30 elements: the third expert or token lies beyond int32.
@@ -339,6 +339,7 @@ PACKED = {
     "packed int4": partial(packed, "int4"),
     "packed int4_zero_points": partial(packed, "int4_zero_points"),
     "packed mxfp4": partial(packed, "mxfp4"),
+    "packed every scale": lambda: check_every_scale(*every_scale_case("cuda", 8), "packed"),
     "packed in parts": partial(packed, "int4", splits=2, num_tokens=3, intermediate=1184),
     "packed many K steps": partial(packed, "mxfp4", num_tokens=300, hidden=2048, intermediate=1184),
 }

@@ -111,12 +111,28 @@ GPU_MUTATIONS = [
         "rows of a result are stored in the order of wgmma's", "packed int4",
     ),
     Mutation(
-        "packed_scale_of_the_first_block", "packed", "acc += total1 * scale1", "acc += total1 * scale0",
+        "packed_scale_of_the_first_block", "packed", "acc += total1 * scales(scale1", "acc += total1 * scales(scale0",
         "the second block of a step by the scale of the first one of the next step", "packed int4",
     ),
     Mutation(
         "packed_zero_point_of_the_neighbour", "packed", "odd = rows % 2", "odd = 1 - rows % 2",
         "a row by the zero point in the other half of its byte", "packed int4_zero_points",
+    ),
+    Mutation(
+        "packed_large_scale_as_it_is", "pairs", "@!large bra done;", "bra done;",
+        "scales above 2 are those of numbers below 0 or infinite", "packed every scale",
+    ),
+    Mutation(
+        "packed_large_scale_of_one_row", "pairs", "setp.ge.or.u32 large", "setp.ge.and.u32 large",
+        "a scale above 2 is seen where the other row of a thread has one too", "packed every scale",
+    ),
+    Mutation(
+        "packed_scale_that_is_no_number", "pairs", "selp.b32 factor, {_both(0x7FC0)}, factor, is;", "",
+        "the scale of NaN is 2^128", "packed every scale",
+    ),
+    Mutation(
+        "packed_planes_swapped", "packed_operand", "gl.join(first, second)", "gl.join(second, first)",
+        "each of two planes is multiplied with the other's rows", "packed int4",
     ),
     Mutation(
         "packed_bias_in_every_part", "packed", "gl.where(split == 0, N, 0)", "N",

@@ -376,7 +376,7 @@ def test_override_of_the_tiles():
     [
         ("direct", 16, 16, "block_m is 16 in variant 'direct'; it is 1 in 'direct', and in no other"),
         ("sorted", 1, 16, "block_m is 1 in variant 'sorted'; it is 1 in 'direct', and in no other"),
-        ("sorted", 16, 8, "is below 16, which only variant 'direct' can have"),
+        ("sorted", 16, 8, "is below 16, which only variants 'direct' and 'packed' can have"),
         ("pingpong", 64, 64, "up is .*, and variant 'pingpong' has .*; only group_m and num_stages may differ"),
     ],
 )

@@ -39,6 +39,7 @@ def test_one_token_of_packed_weights(sizes, form):
     [
         (MIXTRAL, 64, "int8_weights"),  # rows enough to be worth more
         (GPT_OSS, 16, "mxfp4"),  # tiles enough
+        (GPT_OSS, 4, "mxfp4"),  # as busy a multiprocessor with halves of them as with them
         ((8, 2, 1024, 1024), 2, "mxfp4"),  # steps too few
         (MIXTRAL, 2, None),
         (MIXTRAL, 4, "fp8_block"),
