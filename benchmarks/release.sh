@@ -147,8 +147,8 @@ all_steps() {
     step tiles-fp8-channel 75 1 "${bench[@]}" --format fp8_channel "${tiles[@]}" --recorded "$peers-fp8.json"
     step in-step 60 1 "$PYTHON" benchmarks/in_step.py --json RESULT "${rounds[@]}"
     step in-step-fp8 60 1 "$PYTHON" benchmarks/in_step.py --json RESULT --format fp8_block "${rounds[@]}"
-    [[ ! -f benchmarks/end_to_end.py ]] || step end-to-end 220 $((1 - quick)) "$PYTHON" benchmarks/end_to_end.py --resume --json RESULT "${model[@]}"
-    [[ ! -f benchmarks/expert_parallel.py ]] || step expert-parallel 120 $((quick && !gpus ? 0 : 2)) "$PYTHON" benchmarks/expert_parallel.py --json RESULT "${ranks[@]}"
+    step end-to-end 220 $((1 - quick)) "$PYTHON" benchmarks/end_to_end.py --resume --json RESULT "${model[@]}"
+    step expert-parallel 120 $((quick && !gpus ? 0 : 2)) "$PYTHON" benchmarks/expert_parallel.py --json RESULT "${ranks[@]}"
     step proof 190 0 "$PYTHON" benchmarks/proof.py --json RESULT "${proof[@]}"
     step demo 110 0 "$PYTHON" benchmarks/demo.py --json RESULT "${demo[@]}"
 }

@@ -41,12 +41,16 @@ def require_shape(name: str, tensor: Tensor, shape: Sequence[int], form: str) ->
         require(got == expected, message)
 
 
-def require_dtype(name: str, tensor: Tensor, allowed: Sequence[torch.dtype], reason: str = "") -> None:
-    """Raises TypeError unless the tensor has one of the dtypes, the first of which is the one to cast to."""
+def require_dtype(
+    name: str, tensor: Tensor, allowed: Sequence[torch.dtype], reason: str = "", cure: str | None = None
+) -> None:
+    """Raises TypeError unless the tensor has one of the dtypes, the first of which is the one to cast to.
+
+    Where a cast would lose what the tensor says, `cure` is the way out.
+    """
     if tensor.dtype not in allowed:
-        raise TypeError(
-            f"{name} has dtype {tensor.dtype}, expected {either(allowed)}{reason}; cast it: {name}.to({allowed[0]})"
-        )
+        cure = cure or f"cast it: {name}.to({allowed[0]})"
+        raise TypeError(f"{name} has dtype {tensor.dtype}, expected {either(allowed)}{reason}; {cure}")
 
 
 def either(values: Sequence[object]) -> str:

@@ -243,7 +243,11 @@ def _check_shapes(args: Arguments, activation: Activation, scheme: Scheme) -> No
     hidden_states, w1, w2, ids = args.hidden_states, args.w1, args.w2, args.topk_ids
     half = " / 2" if scheme.packed else ""
     for name, tensor, form in (
-        ("hidden_states", hidden_states, "[M, H]"),
+        (
+            "hidden_states",
+            hidden_states,
+            "[M, H]; flatten the others: hidden_states.reshape(-1, hidden_states.shape[-1])",
+        ),
         ("w1", w1, f"[E, 2 * I, H{half}] ([E, I, H{half}] for an activation that ends in '_no_gate')"),
         ("w2", w2, f"[E, H, I{half}]"),
         ("topk_ids", ids, "[M, top_k]"),
@@ -263,6 +267,8 @@ def _check_shapes(args: Arguments, activation: Activation, scheme: Scheme) -> No
         require(hidden % 2 == 0, lambda: f"hidden_states: H is {hidden}, expected an even number: w1 has two in a byte")
     factor = 2 if activation.gated else 1
     rows = "2 * I" if activation.gated else "I"
+    # First: of a transposed w2 the sizes would make w1 look wrong.
+    require_shape("w2", w2, (experts, hidden, stored), f"[E, H, I{half}], with H from hidden_states")
     require_shape(
         "w1",
         w1,
@@ -270,7 +276,6 @@ def _check_shapes(args: Arguments, activation: Activation, scheme: Scheme) -> No
         f"[E, {rows}, H{half}] for activation {activation.name!r}, with E and I from w2 {list(w2.shape)} and H from "
         f"hidden_states {list(hidden_states.shape)}",
     )
-    require_shape("w2", w2, (experts, hidden, stored), f"[E, H, I{half}], with H from hidden_states")
     require_shape("topk_ids", ids, (num_tokens, ids.shape[1]), "[M, top_k], with M from hidden_states")
     require_shape("topk_weights", args.topk_weights, ids.shape, "[M, top_k], as topk_ids")
     if args.w1_bias is not None:
@@ -328,10 +333,10 @@ def _check_dtypes(args: Arguments, scheme: Scheme) -> torch.dtype:
     for name in ("w1", "w2"):
         got = getattr(args, name).dtype
         if not scheme.quantized and got != dtype:
-            raise TypeError(
-                f"{name} has dtype {got}, expected {dtype}, the dtype of hidden_states; cast one of them: "
-                f"{name}.to({dtype}) or hidden_states.to({got}); quantised weights need quantization="
-            )
+            cure = f"cast one of them: {name}.to({dtype}) or hidden_states.to({got})"
+            if got not in COMPUTE_DTYPES:
+                cure = f"pass quantization= and scales if it is quantised, or cast it: {name}.to({dtype})"
+            raise TypeError(f"{name} has dtype {got}, expected {dtype}, the dtype of hidden_states; {cure}")
     for name in ("w1_bias", "w2_bias"):
         bias = getattr(args, name)
         if bias is not None and bias.dtype not in (dtype, torch.float32):

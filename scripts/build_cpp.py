@@ -59,7 +59,10 @@ def library_command(
 
 
 def object_command(source: str, out: Path) -> list[str]:
-    """Builds a source of the library, any but `REGISTRATION`, which has the namespace in it, as the object `out`."""
+    """Builds a source of the library as the object `out`, for tests that build it twice.
+
+    Any but `REGISTRATION`, which has the namespace in it.
+    """
     return [compiler(), *_library_options("moe_ops"), "-c", str(SOURCES / source), "-o", str(out)]
 
 

@@ -1,4 +1,4 @@
-"""Launches of the matrix-vector kernels: a token or a few, without a sort, in two launches on every GPU path."""
+"""Launches of the matrix-vector kernels: one token, without a sort, in two launches on every GPU path."""
 
 from torch import Tensor
 

@@ -73,7 +73,10 @@ def quantize(y, scale):
 
 @gluon.jit
 def store_group(left, right, out_smem, out_desc, act_scales, row, group, N: gl.constexpr):
-    """Stores a group of columns, of which these are the halves, in fp8, with a scale a row from their maximum."""
+    """Stores a group of columns, of which these are the halves, in fp8, with a scale a row from their maximum.
+
+    The scales are those of `kernels.quantize.row_scales`, in Gluon.
+    """
     act_scale_ptr, stride_am, stride_ag = act_scales
     y = gl.join(left, right).permute((0, 2, 1)).reshape((left.shape[0], 2 * left.shape[1])).to(gl.float32)
     largest = gl.reduce(gl.abs(y), 1, _larger)

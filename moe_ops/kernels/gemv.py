@@ -1,4 +1,4 @@
-"""A token or a few in two launches: matrix-vector products of each route, without a sort and without tensor cores.
+"""One token in two launches: matrix-vector products of each route, without a sort and without tensor cores.
 
 One token's routes go to different experts, so every weight is used once, and its bytes are all that counts: a row of
 weights times a vector, in fp32, straight from registers. Many small programs keep the memory busy.

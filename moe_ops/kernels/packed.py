@@ -6,8 +6,8 @@ cp.async gathers. Weights go from there into registers, become pairs of bfloat16
 (`kernels.packed_operand`), and are the tall operand of wgmma, which takes them from there:
 
     w    [64, 64] of 16 bits      TMA ---> stage ---> registers --- 4 planes of 2 blocks of 32 ---+
-    x    2 planes of 2 blocks     cp.async ---------> stage ------------------------------------- + --> wgmma
-         side by side, twice: 4 tiles [BLOCK_M, 64]
+    x    2 planes of a block      cp.async ---------> stage ------------------------------------- + --> wgmma
+         side by side, of 2 pairs of planes and 2 blocks: 4 tiles [BLOCK_M, 64]
 
 At the rate of the memory every instruction a weight counts: what a step takes beside making its weights is spread over
 128 of them a thread.

@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from moe_ops.activations import ACTIVATIONS
 from moe_ops.api import topk_route
-from moe_ops.checks import require_name
+from moe_ops.checks import require, require_name
 from moe_ops.nn.experts import FusedExperts
 from moe_ops.nn.moves import keep_dtype
 from moe_ops.reference import nonlinearity
@@ -189,9 +189,17 @@ class MoELayer(nn.Module):
             [..., H], the dtype of `hidden_states`.
 
         Raises:
-            ValueError, TypeError: as `moe_ops.topk_route` and `moe_ops.fused_moe`.
+            ValueError, TypeError: H is another one, or as `moe_ops.topk_route` and `moe_ops.fused_moe`.
         """
-        x = hidden_states.reshape(-1, hidden_states.shape[-1])
+        hidden_size = self.router.weight.shape[1]
+        require(
+            hidden_states.shape[-1] == hidden_size,
+            lambda: (
+                f"hidden_states has shape {list(hidden_states.shape)}, expected [..., {hidden_size}]: the hidden_size "
+                "of this layer"
+            ),
+        )
+        x = hidden_states.reshape(-1, hidden_size)
         out = self.experts(x, *self.route(x))
         if self.shared_expert is not None:
             shared = self.shared_expert(x)

@@ -209,7 +209,7 @@ def tiles_obstacle(variant: str, problem: Problem, up: TileConfig, down: TileCon
     if variant == "pingpong":
         owns = pingpong_tiles(problem)
     elif variant == "packed":
-        return _packed_obstacle(problem, up, down)
+        return _packed_tiles_obstacle(problem, up, down)
     elif variant == "blockscaled":
         block_m = 128 if up.block_m == down.block_m == 128 else 64
         owns = tuple(replace(tile, block_m=block_m) for tile in blockscaled_tiles(problem))
@@ -221,8 +221,8 @@ def tiles_obstacle(variant: str, problem: Problem, up: TileConfig, down: TileCon
     return None
 
 
-def _packed_obstacle(problem: Problem, up: TileConfig, down: TileConfig) -> str | None:
-    """Rows are 16 or 32, stages as many as fit; the rest is as it is."""
+def _packed_tiles_obstacle(problem: Problem, up: TileConfig, down: TileConfig) -> str | None:
+    """Rows are 8, 16 or 32, stages as many as fit; the rest is as it is."""
     columns = _PACKED_WEIGHTS // 2 if problem.activation.gated else _PACKED_WEIGHTS
     for name, tile, block_n in (("up", up, columns), ("down", down, _PACKED_WEIGHTS)):
         own = TileConfig(tile.block_m, block_n, _PACKED_STEP, tile.group_m, 4, tile.num_stages, True)

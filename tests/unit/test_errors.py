@@ -116,10 +116,14 @@ COMPUTE = "expected torch.bfloat16 or torch.float16 or torch.float32"
 for dtype in (torch.float64, torch.int32, torch.float8_e4m3fn, torch.complex64):
     case(f"hidden_states-{dtype}", "hidden_states", edit(hidden_states=to(dtype)), TypeError,
          f"has dtype {dtype}", COMPUTE, "cast it", "hidden_states.to(torch.bfloat16)")
-for name, dtype in (("w1", torch.bfloat16), ("w1", torch.int8), ("w2", torch.float16), ("w2", torch.float64)):
+for name, dtype in (("w1", torch.bfloat16), ("w2", torch.float16)):
     case(f"{name}-{dtype}", name, edit(**{name: to(dtype)}), TypeError,
          f"{name} has dtype {dtype}", "expected torch.float32, the dtype of hidden_states",
          f"cast one of them: {name}.to(torch.float32) or hidden_states.to({dtype})")
+for name, dtype in (("w1", torch.int8), ("w2", torch.float8_e4m3fn), ("w2", torch.float64)):
+    case(f"{name}-{dtype}", name, edit(**{name: to(dtype)}), TypeError,
+         f"{name} has dtype {dtype}", "expected torch.float32, the dtype of hidden_states",
+         "pass quantization= and scales if it is quantised", f"cast it: {name}.to(torch.float32)")
 case("both-weights", "w1", edit(w1=to(torch.bfloat16), w2=to(torch.bfloat16)), TypeError, "hidden_states.to(torch.bf")
 for name, dtypes, expected, cast in (
     ("w1_bias", (torch.float16, torch.int32), "torch.float32", "float32"),
@@ -165,7 +169,7 @@ for label, name, damage, got, expected, *words in (
     ("transposed", "w1", edit(w1=lambda x: x.mT), [E, H, 2 * I], [E, 2 * I, H]),
     ("hidden-size", "w2", edit(w2=lambda x: x[:, 1:]), [E, H - 1, I], [E, H, I], "H from hidden_states"),
     ("experts", "w2", edit(w2=lambda x: x[1:]), [E, 2 * I, H], [E - 1, 2 * I, H], f"E and I from w2 {[E - 1, H, I]}"),
-    ("transposed", "w2", edit(w2=lambda x: x.mT), [E, 2 * I, H], [E, 2 * H, H], f"E and I from w2 {[E, I, H]}"),
+    ("transposed", "w2", edit(w2=lambda x: x.mT), [E, I, H], [E, H, H], "H from hidden_states"),
     ("tokens", "topk_ids", edit(topk_ids=lambda x: x[1:]), [M - 1, TOP_K], [M, TOP_K], "M from hidden_states"),
     ("tokens", "topk_weights", edit(topk_weights=lambda x: x[1:]), [M - 1, TOP_K], [M, TOP_K], "as topk_ids"),
     ("top-k", "topk_weights", edit(topk_weights=lambda x: x[:, 1:]), [M, TOP_K - 1], [M, TOP_K], "as topk_ids"),

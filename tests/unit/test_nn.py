@@ -239,6 +239,8 @@ def test_layer_errors():
         make_layer(shared_gate=True)
     with pytest.raises(ValueError, match="num_groups is 3"):
         make_layer(num_groups=3)
+    with pytest.raises(ValueError, match=rf"has shape \[2, {HIDDEN - 1}\], expected \[\.\.\., {HIDDEN}\]"):
+        make_layer()(torch.randn(2, HIDDEN - 1))
     with pytest.raises(ValueError, match="activation is 'swigluoai'"):
         SharedExpert(8, 8, activation="swigluoai")
 
