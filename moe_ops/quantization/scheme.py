@@ -203,10 +203,10 @@ def _check_dtypes(args: Arguments) -> None:
     if args.w1.dtype != args.w2.dtype:
         raise TypeError(f"w2 has dtype {args.w2.dtype}, expected {args.w1.dtype}, the dtype of w1; convert one of them")
     scales = _E8M0 if name == "mxfp4_w4a16" else (torch.float32, torch.bfloat16, torch.float16)
-    cure = "pass the exponents that quantize_weights or the checkpoint has" if scales is _E8M0 else None
+    of_scales = "pass the exponents that quantize_weights or the checkpoint has" if scales is _E8M0 else None
     for which in _SCALES:
         if getattr(args, which) is not None:
-            require_dtype(which, getattr(args, which), scales, f" for quantization={name!r}", cure)
+            require_dtype(which, getattr(args, which), scales, f" for quantization={name!r}", of_scales)
     for which in _ZERO_POINTS:
         if getattr(args, which) is not None:
             require_dtype(which, getattr(args, which), (torch.uint8,))
