@@ -164,7 +164,8 @@ void check_shapes(const Arguments& args, const Activation& activation) {
     int64_t ndim;
     const char* form;
   } operands[] = {
-      {"hidden_states", args.hidden_states, 2, "[M, H]"},
+      {"hidden_states", args.hidden_states, 2,
+       "[M, H]; flatten the others: hidden_states.reshape(-1, hidden_states.shape[-1])"},
       {"w1", args.w1, 3, "[E, 2 * I, H] ([E, I, H] for an activation that ends in '_no_gate')"},
       {"w2", args.w2, 3, "[E, H, I]"},
       {"topk_ids", args.topk_ids, 2, "[M, top_k]"},
@@ -179,10 +180,11 @@ void check_shapes(const Arguments& args, const Activation& activation) {
   }
   const std::string rows = activation.gated ? "2 * I" : "I";
   const int64_t w1_rows = activation.gated ? 2 * intermediate : intermediate;
+  // First: of a transposed w2 the sizes would make w1 look wrong.
+  require_shape("w2", args.w2, {experts, hidden, intermediate}, "[E, H, I], with H from hidden_states");
   require_shape("w1", args.w1, {experts, w1_rows, hidden},
                 "[E, " + rows + ", H] for activation " + quoted(activation.name) + ", with E and I from w2 " +
                     shape_text(args.w2) + " and H from hidden_states " + shape_text(args.hidden_states));
-  require_shape("w2", args.w2, {experts, hidden, intermediate}, "[E, H, I], with H from hidden_states");
   require_shape("topk_ids", args.topk_ids, {tokens, top_k}, "[M, top_k], with M from hidden_states");
   require_shape("topk_weights", args.topk_weights, {tokens, top_k}, "[M, top_k], as topk_ids");
   if (is_given(args.w1_bias)) {
@@ -202,11 +204,11 @@ void check_dtypes(const Arguments& args) {
   const std::pair<const char*, const Tensor&> weights[] = {{"w1", args.w1}, {"w2", args.w2}};
   for (const auto& [name, weight] : weights) {
     const ScalarType got = weight.scalar_type();
-    if (got != dtype) {
-      fail(name, " has dtype ", text(got), ", expected ", text(dtype),
-           ", the dtype of hidden_states; cast one of them: ", name, ".to(", text(dtype), ") or hidden_states.to(",
-           text(got), "); quantised weights need quantization=");
-    }
+    if (got == dtype) continue;
+    const std::string cast = std::string(name) + ".to(" + text(dtype) + ")";
+    fail(name, " has dtype ", text(got), ", expected ", text(dtype), ", the dtype of hidden_states; ",
+         is_compute_dtype(got) ? "cast one of them: " + cast + " or hidden_states.to(" + text(got) + ")"
+                               : "pass quantization= and scales if it is quantised, or cast it: " + cast);
   }
   const Named biases[] = {{"w1_bias", &args.w1_bias}, {"w2_bias", &args.w2_bias}};
   for (const auto& [name, bias] : biases) {
