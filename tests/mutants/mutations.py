@@ -160,8 +160,8 @@ MUTATIONS = [
         "classic silu_clamped",
     ),
     Mutation(
-        "alpha_ignored", "activation", "tl.exp(-alpha * x)", "tl.exp(-1.702 * x)", "swigluoai's own slope",
-        "classic swigluoai_own_slope",
+        "alpha_ignored", "activation", "_logistic(x, alpha * x, PTX)", "_logistic(x, 1.702 * x, PTX)",
+        "swigluoai's own slope", "classic swigluoai_own_slope",
     ),
     Mutation("relu_not_squared", "activation", "y = y * y", "y = y", "relu2's square", "classic relu2_no_gate"),
     Mutation(
