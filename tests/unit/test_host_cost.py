@@ -1,4 +1,7 @@
-"""The benchmark of the cost of a call on the host, run as a user runs it; its times are for a machine at rest."""
+"""The benchmark of the cost of a call on the host, run as a user runs it.
+
+Its times are for a machine at rest, which the one that runs the tests is not: two of them need not even be in order.
+"""
 
 import os
 import subprocess
@@ -17,5 +20,5 @@ def test_benchmark_prints_a_row_per_mode():
     rows = [line.strip("| ").split(" | ") for line in done.stdout.splitlines() if line.startswith("| ")][2:]
     assert [row[0] for row in rows] == ["inference_mode", "no_grad", "grad", "grad, weights are Parameters"]
     for _, function, op, added, allowed, wrapper in rows:
-        assert 0 < float(function) < float(op) < 10_000 and float(wrapper) > 0
+        assert all(0 < float(took) < 10_000 for took in (function, op, wrapper))
         assert abs(float(op) - float(function) - float(added)) < 0.2 and allowed in ("5", "10")
