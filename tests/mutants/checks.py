@@ -8,6 +8,7 @@ is put right first, as for tests/interp.
 import contextlib
 import ctypes
 import mmap
+import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -15,7 +16,6 @@ from unittest import mock
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 import moe_ops
 from moe_ops import exchange
@@ -31,7 +31,8 @@ from moe_ops.tuning import TileConfig
 from tests import exchange as rows
 from tests import routers
 from tests.cases import option_case, run
-from tests.quantized import check_every_scale, every_scale_case, hard_rows, quantized_case
+from tests.mutants import hopper_checks
+from tests.quantized import hard_rows, quantized_case
 
 _PROT_NONE = 0
 # Offsets of 2^30 elements: the third expert or token lies beyond int32.
@@ -283,38 +284,6 @@ def sum_ranks(rank: int) -> None:
     torch.testing.assert_close(got, exchange.sum_ranks(own, back, rank, torch.float32), rtol=0, atol=0)
 
 
-def five_times(args: Arguments, **forced) -> None:
-    """A call on the TMA path as it is forced: right, and five times over the same."""
-    with override(path="tma", **forced), poisoned_memory():
-        out = run(args)
-        assert_correct(out, args)
-        for _ in range(5):
-            assert torch.equal(run(args), out)
-
-
-def blockscaled(name: str, **sizes) -> None:
-    """A format of blocks through the block-scaled kernel, with more tiles than its programs hold, five times over."""
-    sizes = {"num_tokens": 700, "hidden": 288, "intermediate": 160} | sizes
-    args = quantized_case(name, torch.bfloat16, "cuda", **sizes)
-    five_times(args, variant="blockscaled")
-
-
-def packed(name: str, splits: int = 1, **sizes) -> None:
-    """A format of 4 bits through the kernels for few rows, five times over."""
-    sizes = {"num_tokens": 40, "hidden": 288, "intermediate": 160, "bias": True} | sizes
-    args = quantized_case(name, torch.bfloat16, "cuda", **sizes)
-    five_times(args, variant="packed", splits=splits)
-
-
-def pingpong(name: str, **sizes) -> None:
-    """An option through the ping-pong kernel, with more tiles than a program can hold at once, five times over."""
-    sizes = {"num_tokens": 700, "hidden": 264, "intermediate": 136} | sizes
-    args = option_case(name, torch.bfloat16, "cuda", **sizes)
-    # NaN behind every token, in rows that are still multiples of 16 bytes.
-    args.hidden_states = functional.pad(args.hidden_states, (0, 24), value=float("nan"))[:, :-24]
-    five_times(args, variant="pingpong")
-
-
 SORTED_OPTIONS = [
     "plain", "tails_in_both_dimensions", "hostile_ids_int32", "routes_unsummed", "biases_interleaved", "n_major",
     "router_weight_on_input", "swigluoai", "swigluoai_own_slope", "silu_clamped", "relu2_no_gate", "scaled",
@@ -323,26 +292,6 @@ DIRECT_OPTIONS = ["plain", "hostile_ids_int64", "biases_interleaved", "routes_un
 QUANTIZED_FORMATS = [
     "fp8_block", "fp8_static_expert", "int8_channel", "int8_weights_zero_points", "int4", "int4_zero_points", "mxfp4",
 ]  # fmt: skip
-PINGPONG = {
-    "pingpong plain": partial(pingpong, "plain"),
-    "pingpong biases_interleaved": partial(pingpong, "biases_interleaved"),
-    "pingpong n_major": partial(pingpong, "n_major"),
-    "pingpong last columns": partial(pingpong, "plain", hidden=272, intermediate=144),
-    "pingpong many K steps": partial(pingpong, "plain", num_tokens=3000, hidden=1032, intermediate=1096),
-}
-BLOCKSCALED = {
-    "blockscaled fp8_block": partial(blockscaled, "fp8_block"),
-    "blockscaled fp8_block_given": partial(blockscaled, "fp8_block_given", routing="zipf"),
-    "blockscaled many K steps": partial(blockscaled, "fp8_block", num_tokens=3000, hidden=1040, intermediate=1104),
-}
-PACKED = {
-    "packed int4": partial(packed, "int4"),
-    "packed int4_zero_points": partial(packed, "int4_zero_points"),
-    "packed mxfp4": partial(packed, "mxfp4"),
-    "packed every scale": lambda: check_every_scale(*every_scale_case("cuda", 8), "packed"),
-    "packed in parts": partial(packed, "int4", splits=2, num_tokens=3, intermediate=1184),
-    "packed many K steps": partial(packed, "mxfp4", num_tokens=300, hidden=2048, intermediate=1184),
-}
 CHECKS = {
     "sort in one launch": partial(sort, 1),
     "sort in three launches": partial(sort, 3),
@@ -389,8 +338,8 @@ def main(first: str) -> None:
     """Runs all checks of a kind, `first` first; the first that fails ends the process."""
     copy = Path(moe_ops.__file__).resolve().parent.parent
     assert copy == Path.cwd().resolve(), f"moe_ops is that of {copy}, not the copy"
-    (checks,) = (kind for kind in (CHECKS, PINGPONG, BLOCKSCALED, PACKED) if first in kind)
-    if checks is CHECKS:
+    (checks,) = (kind for kind in (CHECKS, *hopper_checks.KINDS) if first in kind)
+    if os.environ["TRITON_INTERPRET"] == "1":
         from tests.interp.mended import mend
 
         mend()

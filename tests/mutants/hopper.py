@@ -1,12 +1,13 @@
-"""Mutations of the warp-specialised kernels, which take a Hopper GPU to be found.
+"""Mutations of the warp-specialised kernels, to be found emulated and on a Hopper GPU.
 
-A mistake in the barriers may hang, give wrong numbers, or both in turns.
+A mistake in the barriers may hang, give wrong numbers, or both in turns. Of the races a GPU may show nothing for years;
+the emulator has to find them.
 """
 
 from tests.mutants.mutation import Mutation
 
 # fmt: off
-GPU_MUTATIONS = [
+HOPPER_MUTATIONS = [
     Mutation(
         "full_parity", "pingpong", "mbarrier.wait(full.index(stage), (index // STAGES) & 1)",
         "mbarrier.wait(full.index(stage), ((index // STAGES) & 1) ^ 1)", "a stage is read a pass too early",
@@ -145,6 +146,57 @@ GPU_MUTATIONS = [
     Mutation(
         "packed_planes_end_in_what_was_there", "packed", "if WIDTH * PLANES > N and block_n", "if N < 0 and block_n",
         "columns behind a plane's last are multiplied as they are", "packed int4",
+    ),
+]
+RACES = [
+    Mutation(
+        "stage_given_back_too_early", "pingpong",
+        "acc = warpgroup_mma_wait(1, deps=(pending,))", "acc = pending",
+        "a stage is filled while wgmma may read it", "pingpong many K steps",
+    ),
+    Mutation(
+        "sum_used_too_early", "pingpong", "acc = warpgroup_mma_wait(0, deps=(acc,))",
+        "acc = warpgroup_mma_wait(1, deps=(acc,))", "the last K step may be missing in the sum", "pingpong plain",
+    ),
+    Mutation(
+        "gathered_rows_without_a_fence", "pingpong", "            if FENCE:\n", "            if FENCE and K < 0:\n",
+        "wgmma may read what was there before the rows", "pingpong plain",
+    ),
+    Mutation(
+        "box_without_a_fence", "epilogue", "    fence_async_shared()\n", "",
+        "TMA may store what was there before the box", "pingpong plain",
+    ),
+    Mutation(
+        "box_overwritten", "epilogue", "    tma.store_wait(0)\n", "", "a box is written while TMA may read it",
+        "pingpong plain",
+    ),
+    Mutation(
+        "partial_sum_used_too_early", "blockscaled", "partial = warpgroup_mma_wait(0", "partial = warpgroup_mma_wait(1",
+        "the sum of a turn may not be there when it is added", "blockscaled fp8_block",
+    ),
+    Mutation(
+        "rows_announced_too_early", "rings", "async_copy.wait_group(1)", "async_copy.wait_group(2)",
+        "wgmma may read rows that are on their way", "blockscaled fp8_block",
+    ),
+    Mutation(
+        "blockscaled_rows_given_back_too_early", "blockscaled",
+        "mbarrier.arrive(rows_empty.index(ROWS_BARRIER + read_a), count=1, pred=turn > 0)",
+        "mbarrier.arrive(rows_empty.index(ROWS_BARRIER + a), count=1, pred=turn > 0)",
+        "rows are overwritten while wgmma may read them", "blockscaled many K steps",
+    ),
+    Mutation(
+        "packed_sum_used_too_early", "packed", "total1 = warpgroup_mma_wait(0,", "total1 = warpgroup_mma_wait(1,",
+        "the last two planes may be missing in the sum", "packed int4",
+    ),
+    Mutation(
+        "packed_rows_announced_too_early", "packed_ring", "async_copy.wait_group(1)", "async_copy.wait_group(2)",
+        "wgmma may read rows that are on their way", "packed many K steps",
+    ),
+    Mutation(
+        "packed_stage_given_back_too_early", "packed",
+        "total1 = warpgroup_mma_wait(0, deps=(total1,))\n        mbarrier.arrive(empty.index(stage), count=1)\n",
+        "mbarrier.arrive(empty.index(stage), count=1)\n        total1 = warpgroup_mma_wait(0, deps=(total1,))\n",
+        "a stage is filled while wgmma may read it", "packed many K steps",
     ),
 ]
 # fmt: on

@@ -1,6 +1,6 @@
-"""Runs every mutant and writes the tables of docs/testing.md: `python -m tests.mutants.table`, about three minutes.
+"""Runs every mutant and writes the tables of docs/testing.md: `python -m tests.mutants.table`, about six minutes.
 
-The table of the GPU mutants says who killed them where there is a Hopper GPU, and keeps what it said elsewhere.
+What a Hopper GPU says of the mutants of its kernels is written where there is one, and kept elsewhere.
 """
 
 import re
@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from tests.mutants import emulators, kernels
-from tests.mutants.hopper import GPU_MUTATIONS
+from tests.mutants.hopper import HOPPER_MUTATIONS, RACES
 from tests.mutants.mutation import Mutation
 from tests.mutants.mutations import MUTATIONS
 
@@ -62,11 +62,13 @@ def main() -> int:
     header = "| mutant | file | what it breaks | killed by |"
     text = replace_table(text, "kernels", header, kernel_rows(MUTATIONS, interpret=True))
     if torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9:
-        rows = kernel_rows(GPU_MUTATIONS, interpret=False)
+        on_gpu = {row[0]: row[-1] for row in kernel_rows(HOPPER_MUTATIONS, interpret=False)}
     else:
-        recorded = dict(re.findall(r"^\| `(\w+)` .*\| ([^|]*) \|$", text, re.MULTILINE))
-        rows = (described(mutation, recorded.get(mutation.name, "not run")) for mutation in GPU_MUTATIONS)
-    text = replace_table(text, "gpu", header, rows)
+        table = text.split("<!-- hopper: begin -->")[1].split("<!-- hopper: end -->")[0]
+        on_gpu = dict(re.findall(r"^\| (`\w+`) .*\| ([^|]*) \|$", table, re.MULTILINE))
+    on_gpu |= {f"`{mutation.name}`": "" for mutation in RACES}
+    rows = ((*row, on_gpu.get(row[0], "not run")) for row in kernel_rows([*HOPPER_MUTATIONS, *RACES], interpret=True))
+    text = replace_table(text, "hopper", "| mutant | file | what it breaks | killed by | on a GPU |", rows)
     DOCS.write_text(text)
     living = [line for line in text.splitlines() if ": lives |" in line or line.count("| 0 of") == 3]
     print("\n".join(living) or "no mutant lives")

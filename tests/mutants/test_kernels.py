@@ -1,4 +1,4 @@
-"""The checks kill every mutation of the kernels, in the interpreter and, for the kernels in Gluon, on a GPU.
+"""The checks kill every mutation of the kernels: in the interpreter, those in Gluon emulated and on a GPU.
 
 Each mutated copy of the package is checked in a process of its own, whose crash or hang counts as well.
 """
@@ -14,14 +14,19 @@ import pytest
 import torch
 
 from tests import amount
-from tests.mutants.hopper import GPU_MUTATIONS
+from tests.mutants.hopper import HOPPER_MUTATIONS, RACES
 from tests.mutants.kernels import ROOT, Outcome, copy_package, judges
 from tests.mutants.mutation import Mutation
 from tests.mutants.mutations import MUTATIONS
 
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
-ALL = [*MUTATIONS, *GPU_MUTATIONS]
+ALL = [*MUTATIONS, *HOPPER_MUTATIONS, *RACES]
+# Of the kernels in Gluon, which the emulator takes longer for, one of a kind.
+USUAL_HOPPER = ("turn_parity", "half_the_bytes_announced", "partial_sum_used_too_early", "packed_planes_swapped")
 USUAL = [mutation for mutation in MUTATIONS if not mutation.in_full]
+USUAL += [mutation for mutation in ALL if mutation.name in USUAL_HOPPER]
+# A check of each kernel, which the others follow.
+HOPPER_FIRSTS = ("pingpong plain", "blockscaled fp8_block", "packed int4")
 
 
 def name(mutation: Mutation | None) -> str:
@@ -64,9 +69,16 @@ def outcomes(request, tmp_path_factory) -> Iterator[Callable[[Mutation | None], 
         yield lambda mutation: submit(mutation).result()
 
 
-@pytest.mark.parametrize("mutation", amount.params([None, *MUTATIONS], USUAL), ids=name)
+@pytest.mark.parametrize("mutation", amount.params([None, *ALL], USUAL), ids=name)
 def test_interpreter_kills(mutation, outcomes):
     judged(outcomes(mutation), mutation)
+
+
+@amount.in_full
+@pytest.mark.parametrize("first", HOPPER_FIRSTS)
+def test_unmutated_kernels_in_gluon_pass(first, tmp_path):
+    with judges(1) as judge:
+        judged(judge(tmp_path / "copy", None, first).result(), None)
 
 
 def judged(outcome: Outcome, mutation: Mutation | None) -> None:
@@ -78,10 +90,10 @@ def judged(outcome: Outcome, mutation: Mutation | None) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not HOPPER, reason="wgmma is Hopper's")
-@pytest.mark.parametrize("mutation", [None, *GPU_MUTATIONS], ids=name)
+@pytest.mark.parametrize("mutation", [None, *HOPPER_MUTATIONS], ids=name)
 def test_gpu_kills(mutation, tmp_path):
     # The copy that is not mutated passes the checks of each kernel.
-    firsts = [mutation.first] if mutation else ["pingpong plain", "blockscaled fp8_block", "packed int4"]
+    firsts = [mutation.first] if mutation else HOPPER_FIRSTS
     with judges(1, interpret=False) as judge:
         for first in firsts:
             judged(judge(tmp_path / first.replace(" ", "_"), mutation, first).result(), mutation)

@@ -1,7 +1,6 @@
 """The PTX that makes pairs of numbers of stored codes, run in Python: every code, in every place."""
 
-import re
-
+import numpy as np
 import pytest
 import torch
 
@@ -9,57 +8,19 @@ tl = pytest.importorskip("triton.language")
 
 from moe_ops.kernels import pairs
 from moe_ops.quantization import dequantize
+from moe_ops.testing.hopper import ptx
 
 DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-MASK = 0xFFFFFFFF
 
 
-def numbers(register: int, dtype: torch.dtype) -> torch.Tensor:
-    """The two halves of a register, the low one first."""
-    halves = torch.tensor([register & 0xFFFF, register >> 16], dtype=torch.int32).to(torch.int16)
-    return halves.view(dtype)
+def numbers(registers: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
+    """The two halves of registers, the low one first. [..., 2]"""
+    return torch.from_numpy(registers.view(np.int32)).view(dtype).reshape(*registers.shape, 2)
 
 
-def register(values: torch.Tensor) -> int:
-    low, high = (int(half) & 0xFFFF for half in values.view(torch.int16))
-    return high << 16 | low
-
-
-def run(ptx: str, dtype: torch.dtype, *operands: int) -> int:
-    """Runs straight-line PTX of shifts, logic, products and fma of pairs; the result is $0."""
-    values = {f"${i}": operand for i, operand in enumerate(operands, 1)}
-
-    def value(name: str) -> int:
-        return values[name] if name in values else int(name, 0)
-
-    for line in ptx.strip("{ }").split(";"):
-        words = re.split(r"[\s,]+", line.strip())
-        if not words[0] or words[0] == ".reg":
-            continue
-        operation, target, *sources = words
-        a, *rest = (value(source) for source in sources)
-        match operation.split(".")[0], rest:
-            case "mov", []:
-                result = a
-            case "shl", [b]:
-                result = a << b
-            case "shr", [b]:
-                result = a >> b
-            case "and", [b]:
-                result = a & b
-            case "mul", [b]:
-                result = a * b
-            case "lop3", [b, c, 0xEA]:
-                result = a & b | c
-            case "lop3", [b, c, 0x6A]:
-                result = a & b ^ c
-            case "fma", [b, c]:
-                x, y, z = (numbers(n, dtype).double() for n in (a, b, c))
-                result = register((x * y + z).to(dtype))
-            case _:
-                raise ValueError(line)
-        values[target] = result & MASK
-    return values["$0"]
+def registers(values: torch.Tensor) -> np.ndarray:
+    """Numbers of 16 bits [..., 2] in registers."""
+    return values.contiguous().view(torch.int32)[..., 0].numpy().view(np.uint32)
 
 
 def all_stored(bits: int) -> torch.Tensor:
@@ -91,17 +52,15 @@ def test_every_code(name, dtype, zero):
         expected = expected + middle - zero
     adds = pairs.adds(name, DTYPES[dtype], zero is not None)
     less = pairs.pair_offset(name, DTYPES[dtype]) + (middle if zero is None else zero)
-    offset = register(torch.tensor([-less, -less]).to(dtype))
-    for row, numbers_there in zip(stored.tolist(), expected, strict=True):
-        operand = int.from_bytes(bytes(row), "little")
-        for plane in range(planes):
-            ptx = pairs.pair_code(name, DTYPES[dtype], plane, adds)
-            made = numbers(run(ptx, dtype, operand, offset), dtype)
-            assert made.tolist() == numbers_there[plane::planes].tolist(), (row, plane)
+    operand = stored.numpy().view(np.uint32)[:, 0]
+    offset = np.full_like(operand, registers(torch.tensor([-less, -less]).to(dtype)))
+    for plane in range(planes):
+        (made,) = ptx.run(pairs.pair_code(name, DTYPES[dtype], plane, adds), [operand, offset], 1)
+        assert torch.equal(numbers(made, dtype).float(), expected[:, plane::planes].float()), plane
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_product_keeps_the_sign_of_zero(dtype):
     a, b = torch.tensor([-0.0, 3.0]).to(dtype), torch.tensor([2.0, -0.5]).to(dtype)
-    product = numbers(run(pairs.pair_product(DTYPES[dtype]), dtype, register(a), register(b)), dtype)
-    assert torch.equal(product.view(torch.int16), (a * b).view(torch.int16))
+    (product,) = ptx.run(pairs.pair_product(DTYPES[dtype]), [registers(a[None]), registers(b[None])], 1)
+    assert torch.equal(numbers(product, dtype)[0].view(torch.int16), (a * b).view(torch.int16))

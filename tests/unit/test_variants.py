@@ -55,7 +55,7 @@ def test_batch_invariance_asks_for_one_variant(monkeypatch):
     [
         (B200, {}, "compute capability 10.0"),
         (A100, {"path": "classic"}, "TMA path"),
-        (INTERPRETER, {"path": "tma"}, "no interpreter"),
+        (INTERPRETER, {"path": "tma"}, "moe_ops.testing.hopper"),
     ],
     ids=["B200", "classic", "interpreter"],
 )

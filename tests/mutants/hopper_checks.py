@@ -1,0 +1,99 @@
+"""What a mutated copy of the package's kernels in Gluon has to fail: on a GPU, or emulated where Triton interprets.
+
+On a GPU there are more tiles than its programs hold at once, and every call runs several times over; emulated there are
+two programs, and the runs differ by the order in which things happen.
+"""
+
+import contextlib
+import os
+from functools import partial
+
+import torch
+from torch.nn import functional
+
+from moe_ops.arguments import Arguments
+from moe_ops.testing import assert_correct, override, poisoned_memory
+from moe_ops.testing.hopper import hopper
+from tests.cases import option_case, run
+from tests.quantized import check_every_scale, every_scale_case, quantized_case
+
+EMULATED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if EMULATED else "cuda"
+RUNS = 2 if EMULATED else 6
+
+
+def machine(seed: int = 0) -> contextlib.AbstractContextManager:
+    """Where the kernels run."""
+    return hopper(seed=seed) if EMULATED else contextlib.nullcontext()
+
+
+def over_and_over(args: Arguments, **forced) -> None:
+    """A call on the TMA path as it is forced: right, and again and again the same."""
+    with override(path="tma", **forced), poisoned_memory():
+        with machine():
+            out = run(args)
+        assert_correct(out, args)
+        for seed in range(1, RUNS):
+            with machine(seed):
+                assert torch.equal(run(args), out)
+
+
+def pingpong(name: str, **sizes) -> None:
+    """An option through the ping-pong kernel."""
+    sizes = {"num_tokens": 100 if EMULATED else 700, "hidden": 264, "intermediate": 136} | sizes
+    args = option_case(name, torch.bfloat16, DEVICE, **sizes)
+    # NaN behind every token, in rows that are still multiples of 16 bytes.
+    args.hidden_states = functional.pad(args.hidden_states, (0, 24), value=float("nan"))[:, :-24]
+    over_and_over(args, variant="pingpong")
+
+
+def blockscaled(name: str, **sizes) -> None:
+    """A format of blocks through the block-scaled kernel."""
+    sizes = {"num_tokens": 100 if EMULATED else 700, "hidden": 288, "intermediate": 160} | sizes
+    over_and_over(quantized_case(name, torch.bfloat16, DEVICE, **sizes), variant="blockscaled")
+
+
+def packed(name: str, splits: int = 1, **sizes) -> None:
+    """A format of 4 bits through the kernels for few rows."""
+    sizes = {"num_tokens": 20 if EMULATED else 40, "hidden": 288, "intermediate": 160, "bias": True} | sizes
+    over_and_over(quantized_case(name, torch.bfloat16, DEVICE, **sizes), variant="packed", splits=splits)
+
+
+def every_scale() -> None:
+    """All scales of mxfp4, exactly."""
+    with machine():
+        check_every_scale(*every_scale_case(DEVICE, 8), "packed")
+
+
+def many(num_tokens: int) -> int:
+    """So many tokens on a GPU; emulated it is the K steps that are many."""
+    return num_tokens // 50 if EMULATED else num_tokens
+
+
+# By kernel: the checks that its mutants have to fail one of.
+KINDS = (
+    {
+        "pingpong plain": partial(pingpong, "plain"),
+        "pingpong biases_interleaved": partial(pingpong, "biases_interleaved"),
+        "pingpong n_major": partial(pingpong, "n_major"),
+        "pingpong last columns": partial(pingpong, "plain", hidden=272, intermediate=144),
+        "pingpong many K steps": partial(pingpong, "plain", num_tokens=many(3000), hidden=1032, intermediate=1096),
+    },
+    {
+        "blockscaled fp8_block": partial(blockscaled, "fp8_block"),
+        "blockscaled fp8_block_given": partial(blockscaled, "fp8_block_given", routing="zipf"),
+        "blockscaled many K steps": partial(
+            blockscaled, "fp8_block", num_tokens=many(3000), hidden=1040, intermediate=1104
+        ),
+    },
+    {
+        "packed int4": partial(packed, "int4"),
+        "packed int4_zero_points": partial(packed, "int4_zero_points"),
+        "packed mxfp4": partial(packed, "mxfp4"),
+        "packed every scale": every_scale,
+        "packed in parts": partial(packed, "int4", splits=2, num_tokens=3, intermediate=1184),
+        "packed many K steps": partial(
+            packed, "mxfp4", num_tokens=many(300), hidden=2048, intermediate=160 if EMULATED else 1184
+        ),
+    },
+)
