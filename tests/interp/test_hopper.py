@@ -1,5 +1,7 @@
 """The warp-specialised kernels for Hopper, emulated on the CPU: numerics by the rule, orders, faults that are found."""
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import assume, given
@@ -21,7 +23,7 @@ from moe_ops.testing.hopper import describe_hopper, hopper
 from moe_ops.testing.hopper.machine import HopperError
 from moe_ops.testing.strategies import assert_result, build, calls, formats
 from moe_ops.tuning import TileConfig, variant_obstacle
-from tests.amount import params
+from tests.amount import ALL, params
 from tests.cases import OPTIONS, option_case, run
 from tests.fuzz import drawing
 from tests.interp.test_fuzz import EXAMPLES
@@ -53,16 +55,18 @@ def test_option(name, dtype):
     assert_correct(emulated(args, "pingpong"), args)
 
 
+FORMAT_RUNS = [
+    (name, variant, tokens)
+    for name in FORMATS
+    for variant in KERNELS
+    for tokens in (9, 40)
+    if runs(variant, quantized_case(name, torch.bfloat16))
+]
+
+
 @pytest.mark.parametrize(
     ("name", "variant", "tokens"),
-    [
-        (name, variant, tokens)
-        for name in FORMATS
-        for variant in KERNELS
-        for tokens in (9, 40)
-        if runs(variant, quantized_case(name, torch.bfloat16))
-    ],
-    ids=str,
+    params(FORMAT_RUNS, [run for run in FORMAT_RUNS if (run[1] == "packed") == (run[2] == 9)]),
 )
 def test_format(name, variant, tokens):
     """Few rows, and more than a block of them; the last block of K and the one between gate and up are short."""
@@ -78,8 +82,9 @@ def test_option_of_a_format(name, variant, option):
     assert_correct(emulated(args, variant), args)
 
 
-@pytest.mark.parametrize("block_m", [8, 16, 32])
-@pytest.mark.parametrize("splits", [1, 2])
+@pytest.mark.parametrize(
+    ("block_m", "splits"), params(itertools.product((8, 16, 32), (1, 2)), [(8, 2), (16, 1), (32, 1)])
+)
 def test_tiles_of_packed(block_m, splits):
     args = quantized_case("int4", torch.bfloat16, num_tokens=5, bias=True, intermediate=544)
     down = TileConfig(block_m, 64, 256, 1, 4, 3, True)
@@ -98,8 +103,7 @@ def test_every_scale_of_mxfp4():
         check_every_scale(*every_scale_case("cpu", 8), "packed")
 
 
-@pytest.mark.parametrize("num_sms", [1, 3])
-@pytest.mark.parametrize("sizes", [(64, 64), (8, 16), (520, 360)], ids=str)
+@pytest.mark.parametrize(("sizes", "num_sms"), [((64, 64), 3), ((8, 16), 1), ((520, 360), 3)], ids=str)
 def test_sizes(sizes, num_sms):
     """One K step and more than a ring has, fewer tiles than programs and more than one each; no route at all."""
     hidden, intermediate = sizes
@@ -115,9 +119,9 @@ def test_sizes(sizes, num_sms):
     ("variant", "name"), [("pingpong", "plain"), ("blockscaled", "fp8_block"), ("packed", "mxfp4")]
 )
 def test_the_order_of_things_changes_nothing(variant, name):
-    args = option_case(name, torch.bfloat16) if name in OPTIONS else quantized_case(name, torch.bfloat16)
+    args = option_case(name, torch.bfloat16) if name in OPTIONS else quantized_case(name, torch.bfloat16, num_tokens=4)
     out = emulated(args, variant)
-    for seed in range(1, 5):
+    for seed in range(1, 10 if ALL else 4):
         assert torch.equal(emulated(args, variant, seed=seed), out)
 
 
