@@ -43,7 +43,8 @@ class Plan:
         reason: why this path, in words.
         variant: "direct" (no sort, matrix-vector products of each route), "sorted", "pingpong" (sorted, with the
             warp-specialised GEMMs), "blockscaled" (the same for fp8 with a scale per block), "packed" (sorted,
-            with GEMMs for packed weights and few rows an expert); "" on the paths without kernels.
+            with GEMMs for packed weights and few rows an expert), "mixed" (the same for int8 weights and many); "" on
+            the paths without kernels.
         dependent_launch: each kernel may start while the one before it finishes.
         up: tile of the up GEMM; None on the paths without tiles.
         down: tile of the down GEMM; None on the paths without tiles.
@@ -75,7 +76,7 @@ class Plan:
     @property
     def persistent(self) -> bool:
         """Whether the programs of its GEMMs run many tiles, and keep in step by counters."""
-        return self.variant in ("pingpong", "blockscaled")
+        return self.variant in ("pingpong", "blockscaled", "mixed")
 
     @property
     def block_m(self) -> int:
@@ -184,7 +185,7 @@ def _variant_of(tile: TileConfig | None) -> str:
 def _planes(problem: Problem, variant: str, up: TileConfig, down: TileConfig) -> int:
     """As `Plan.planes`: two bytes at once where the weights' layout has them and the tiles' steps are long enough."""
     scheme = problem.scheme
-    if variant not in ("direct", "sorted", "packed") or not scheme.weights_only:
+    if variant not in ("direct", "sorted", "packed", "mixed") or not scheme.weights_only:
         return 1
     planes = 2 * scheme.planes
     strides = problem.w1_strides, problem.w2_strides
@@ -212,7 +213,10 @@ def _workspace_bytes(problem: Problem, plan: Plan) -> int:
         act = 0  # quantised before it is stored
     row_bytes = row_stride(problem.hidden_size) * (problem.dtype.itemsize if plan.splits == 1 else 4)
     rows = plan.splits * plan.max_rows * row_bytes
-    if plan.planes > 1:
+    if plan.variant == "mixed":
+        widths = (row_stride(size // plan.planes) for size in (problem.hidden_size, problem.intermediate_size))
+        act = plan.max_rows * plan.planes * sum(widths) * problem.dtype.itemsize
+    elif plan.planes > 1:
         width = plan.planes * problem.dtype.itemsize
         act = plan.max_rows * plan.plane_width(problem.intermediate_size) * width
         rows += problem.num_tokens * plan.plane_width(problem.hidden_size) * width

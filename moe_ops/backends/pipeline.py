@@ -87,7 +87,7 @@ def stages(args: Arguments, problem: Problem, plan: Plan, out: Tensor, describe:
             return
         x = quantize.empty_inputs(args, problem)
         progress = args.topk_ids.new_empty(PROGRESS, dtype=torch.int32) if plan.persistent else None
-        if plan.planes > 1:
+        if plan.planes > 1 and plan.variant != "mixed":
             x = ScaledRows(planes.empty(x.values, *x.values.shape, plan))
         routing = sort_routes(
             args.topk_ids, problem.num_experts, plan.block_m, args.expert_map, Launcher(plan.kernels),
@@ -97,7 +97,10 @@ def stages(args: Arguments, problem: Problem, plan: Plan, out: Tensor, describe:
         if problem.scheme.quantizes_inputs:
             quantize.inputs(args, problem, plan, x)
             yield "quantize"
-        if plan.planes > 1:
+        if plan.variant == "mixed":
+            x = _gathered(args, problem, plan, routing)
+            yield "planes"
+        elif plan.planes > 1:
             planes.fill(args.hidden_states, x.values, plan)
             yield "planes"
         act = _UP[plan.variant](args, problem, plan, describe, routing, progress, router_weights, x)
@@ -218,9 +221,39 @@ def _packed_down(args, problem: Problem, plan: Plan, _, routing: Routing, __, ac
     packed.down(args, problem, plan, routing, act.values, rows)
 
 
-# By variant; Gluon, which three of them need, may be absent.
-_UP = {"sorted": _up, "pingpong": _pingpong_up, "blockscaled": _blockscaled_up, "packed": _packed_up}
-_DOWN = {"sorted": _down, "pingpong": _pingpong_down, "blockscaled": _blockscaled_down, "packed": _packed_down}
+def _gathered(args, problem: Problem, plan: Plan, routing: Routing) -> ScaledRows:
+    """The hidden states of the sorted rows, in planes."""
+    from moe_ops.backends import mixed
+
+    rows = mixed.empty(args.hidden_states, problem.hidden_size, problem, plan)
+    mixed.gather(args.hidden_states, rows, problem, plan, routing)
+    return ScaledRows(rows)
+
+
+def _mixed_up(args, problem: Problem, plan: Plan, _, routing: Routing, progress: Tensor, router_weights,
+              x: ScaledRows) -> ScaledRows:  # fmt: skip
+    from moe_ops.backends import mixed
+
+    act = mixed.empty(args.hidden_states, problem.intermediate_size, problem, plan)
+    mixed.up(args, problem, plan, routing, progress[0], router_weights, x.values, act)
+    return ScaledRows(act)
+
+
+def _mixed_down(args, problem: Problem, plan: Plan, _, routing: Routing, progress: Tensor, act: ScaledRows,
+                rows: Tensor) -> None:  # fmt: skip
+    from moe_ops.backends import mixed
+
+    mixed.down(args, problem, plan, routing, progress[1], act.values, rows)
+
+
+# By variant; Gluon, which all but the first need, may be absent.
+_UP = {
+    "sorted": _up, "pingpong": _pingpong_up, "blockscaled": _blockscaled_up, "packed": _packed_up, "mixed": _mixed_up,
+}  # fmt: skip
+_DOWN = {
+    "sorted": _down, "pingpong": _pingpong_down, "blockscaled": _blockscaled_down, "packed": _packed_down,
+    "mixed": _mixed_down,
+}  # fmt: skip
 
 
 def _sizes(problem: Problem) -> dict[str, int]:

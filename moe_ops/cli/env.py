@@ -111,7 +111,9 @@ def paths(device: Device) -> dict[str, str | None]:
         "classic": triton_obstacle(device),
         "tma": no_tma,
     }
-    for variant, form in (("pingpong", None), ("blockscaled", "fp8_block"), ("packed", "int4")):
+    for variant, form in (
+        ("pingpong", None), ("blockscaled", "fp8_block"), ("packed", "int4"), ("mixed", "int8_weights")
+    ):  # fmt: skip
         call = problem if form is None else describe_call(_SIZES, 4096, torch.bfloat16, FORMATS[form])
         found[f"tma, {variant}"] = no_tma or variant_obstacle(variant, call, device, "tma")
     return found

@@ -30,7 +30,7 @@ BLOCK_LAYOUT = gl.constexpr(gl.DistributedLinearLayout(
 
 
 @gluon.jit
-def _pairs(q, offset, plane: gl.constexpr, FORMAT: gl.constexpr, DTYPE: gl.constexpr):
+def plane_numbers(q, offset, plane: gl.constexpr, FORMAT: gl.constexpr, DTYPE: gl.constexpr):
     """A plane of stored weights, as numbers of DTYPE; offset: what is added to them where they have an offset."""
     ADDS: gl.constexpr = adds(FORMAT, DTYPE, False)
     if ADDS:
@@ -62,8 +62,8 @@ def two_planes(q, plane: gl.constexpr, offset, scale, FORMAT: gl.constexpr, UNIT
             scaled_e2m1(plane), scaled_operands(), [q, scale], dtype=(offset.dtype, offset.dtype), is_pure=True, pack=16
         )
     else:
-        first = _pairs(q, offset, plane, FORMAT, DTYPE)
-        second = _pairs(q, offset, plane + 1, FORMAT, DTYPE)
+        first = plane_numbers(q, offset, plane, FORMAT, DTYPE)
+        second = plane_numbers(q, offset, plane + 1, FORMAT, DTYPE)
         if UNITS:
             first, second = _times(first, scale, DTYPE), _times(second, scale, DTYPE)
     return gl.join(first, second)
@@ -118,7 +118,7 @@ def scales(word, FORMAT: gl.constexpr, DTYPE: gl.constexpr, STORED: gl.constexpr
 
 @gluon.jit
 def offsets(stored_zero, odd, HAS_ZERO: gl.constexpr, FORMAT: gl.constexpr, DTYPE: gl.constexpr):
-    """What `_pairs` adds to a block: the zero point and what the numbers have too much, negative. [ROWS, 4, 8]"""
+    """What `plane_numbers` adds to a block: zero point and what the numbers have too much, negative. [ROWS, 4, 8]"""
     if HAS_ZERO:
         zero = ((stored_zero.to(gl.int32) >> (4 * odd)[:, None]) & 15).to(gl.float32)
         return (-(zero + pair_offset(FORMAT, DTYPE))).to(DTYPE)[:, :, None].broadcast_to((ROWS, 4, 8))

@@ -57,3 +57,17 @@ def keep_step(progress_ptr, expected, patient):
     while (polls < patient) & (gl.load(progress_ptr, volatile=True) < expected):
         polls += 1
     return gl.where(polls < patient, patient, 0)
+
+
+@gluon.jit
+def load_step(progress_ptr, index, patience, RINGS: gl.constexpr, EARLY_STEPS: gl.constexpr):
+    """Before K step `index` of those that a program's ring loads: waits for the others, and tells them; `keep_step`.
+
+    RINGS: of a program, which all count. EARLY_STEPS: before the end of a stretch at which it counts as loaded.
+    """
+    if progress_ptr is not None:
+        if (index % STRETCH == 0) & (index > 0) & (patience > 0):
+            patience = keep_step(progress_ptr, index // STRETCH * RINGS * gl.num_programs(0), patience)
+        if index % STRETCH == STRETCH - 1 - EARLY_STEPS:
+            gl.atomic_add(progress_ptr, 1, sem="relaxed")
+    return patience

@@ -51,7 +51,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from moe_ops.kernels.activation import activate_gated, nonlinearity
 from moe_ops.kernels.compat import block_barrier, cp_async, tma_load
 from moe_ops.kernels.epilogue import affine, halves, quantize, rounded, store_box
-from moe_ops.kernels.persistent import PATIENCE, STRETCH, first_column, keep_step, tile
+from moe_ops.kernels.persistent import PATIENCE, first_column, load_step, tile
 
 # More warps than 12 would cap a thread at 128 registers when the program starts, too few for wgmma of 256 columns.
 _GATHER_WARPS = gl.constexpr(2)
@@ -100,11 +100,7 @@ def _load(ring, rows_desc, weights_desc, tile_experts_ptr, num_padded_ptr, progr
         for k_step in range(K_STEPS):
             stage = index % STAGES
             k = k_step * BLOCK_K
-            if progress_ptr is not None:
-                if (index % STRETCH == 0) & (index > 0) & (patience > 0):
-                    patience = keep_step(progress_ptr, index // STRETCH * gl.num_programs(0), patience)
-                if index % STRETCH == STRETCH - 1 - _EARLY_STEPS:
-                    gl.atomic_add(progress_ptr, 1, sem="relaxed")
+            patience = load_step(progress_ptr, index, patience, 1, _EARLY_STEPS)
             mbarrier.wait(empty.index(stage), ((index // STAGES) & 1) ^ 1)
             bar = full.index(stage)
             mbarrier.expect(bar, (LOADED_ROWS + COLUMNS) * BLOCK_K * (weights_desc.dtype.primitive_bitwidth // 8))

@@ -12,7 +12,7 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
 from moe_ops.kernels.compat import cp_async, tma_load
-from moe_ops.kernels.persistent import PATIENCE, STRETCH, keep_step, tile
+from moe_ops.kernels.persistent import PATIENCE, load_step, tile
 
 # Elements of a group of a row, of either side of a block of weights, and columns of a partial sum.
 GROUP = gl.constexpr(128)
@@ -57,11 +57,7 @@ def fill_weights(CONSUMER: gl.constexpr, ring, weights_desc, tile_experts_ptr, n
             # The last tiles are not for all programs, and of a program's two rings.
             patience = gl.where((step + STRIDE) * gl.num_programs(0) <= num_m * NUM_N, patience, 0)
             for k_step in range(K_STEPS):
-                if progress_ptr is not None:
-                    if (index % STRETCH == 0) & (index > 0) & (patience > 0):
-                        patience = keep_step(progress_ptr, index // STRETCH * STRIDE * gl.num_programs(0), patience)
-                    if index % STRETCH == STRETCH - 1 - _EARLY_STEPS:
-                        gl.atomic_add(progress_ptr, 1, sem="relaxed")
+                patience = load_step(progress_ptr, index, patience, STRIDE, _EARLY_STEPS)
                 index += 1
                 for half in gl.static_range(2):
                     bar = full.index(FIRST + stage)

@@ -11,6 +11,7 @@ from moe_ops.tuning.variants import (
     active_experts,
     blockscaled_tiles,
     expected_rows,
+    mixed_tiles,
     packed_tiles,
     pingpong_tiles,
 )
@@ -71,6 +72,8 @@ def tile_configs(
         return blockscaled_tiles(problem)
     if variant == "packed":
         return packed_tiles(problem, device)
+    if variant == "mixed":
+        return mixed_tiles(problem)
     if variant == "direct":
         return _gemv(problem)
     rows_per_expert = 64.0 if batch_invariant else expected_rows(problem)

@@ -6,7 +6,7 @@ from moe_ops.quantization.scheme import GROUP
 from moe_ops.routing import TOKEN_ROUTES
 from moe_ops.tuning.config import TileConfig
 from moe_ops.tuning.heuristics import SHARED_MEMORY_RESERVE, rows_itemsize
-from moe_ops.tuning.variants import blockscaled_tiles, pingpong_tiles, tiles_obstacle, variant_obstacle
+from moe_ops.tuning.variants import blockscaled_tiles, mixed_tiles, pingpong_tiles, tiles_obstacle, variant_obstacle
 
 # Elements of a plane whose order `kernels.layout.unit_order` changes: a step has whole ones.
 PLANE_UNIT = 32
@@ -14,7 +14,8 @@ PLANE_UNIT = 32
 _THREAD_VALUES = 128
 _WARP = 32
 _LARGEST_BOX = 256
-_FEWEST_PINGPONG_STAGES = 3
+# Stages with which a variant's rings still run ahead; the block-scaled ones have as many as they have.
+_FEWEST_STAGES = {"pingpong": 3, "mixed": 2}
 
 
 def form_obstacle(problem: Problem, variant: str, up: TileConfig, down: TileConfig) -> str | None:
@@ -57,7 +58,7 @@ def tuned_obstacle(
         return obstacle
     if variant == "packed":
         return None  # what its tiles may be fits
-    if variant in ("pingpong", "blockscaled"):
+    if variant in ("pingpong", "blockscaled", "mixed"):
         return _stages_obstacle(problem, variant, up, down)
     gated = problem.activation.gated
     if variant == "direct":
@@ -83,9 +84,12 @@ def tuned_obstacle(
 
 def _stages_obstacle(problem: Problem, variant: str, up: TileConfig, down: TileConfig) -> str | None:
     """The rings of the kernels for Hopper fill the shared memory as they are, and the block-scaled ones have a form."""
-    owns = pingpong_tiles(problem) if variant == "pingpong" else blockscaled_tiles(problem)
+    if variant == "mixed":
+        owns = mixed_tiles(problem, up.block_m)
+    else:
+        owns = pingpong_tiles(problem) if variant == "pingpong" else blockscaled_tiles(problem)
     for name, tile, own in zip(("up", "down"), (up, down), owns, strict=True):
-        least = _FEWEST_PINGPONG_STAGES if variant == "pingpong" else own.num_stages
+        least = _FEWEST_STAGES.get(variant, own.num_stages)
         if not least <= tile.num_stages <= own.num_stages:
             wanted = str(least) if least == own.num_stages else f"{least} to {own.num_stages}"
             return f"{name}.num_stages is {tile.num_stages}, and variant {variant!r} has room for {wanted}"

@@ -13,7 +13,7 @@ _COPY_BYTES = 16
 
 
 # As `Plan.variant`.
-VARIANTS = ("direct", "sorted", "pingpong", "blockscaled", "packed")
+VARIANTS = ("direct", "sorted", "pingpong", "blockscaled", "packed", "mixed")
 
 # Rows an expert can expect above which the ping-pong kernel is ahead. Measured, see docs/kernels.md.
 _PINGPONG_ROWS = 64
@@ -30,6 +30,10 @@ _PACKED_FEW_ROWS = 4
 _PACKED_STEP, _PACKED_WEIGHTS, _PACKED_GROUPS, _SIDE, _CODES = 256, 64, (32, 64, 128), 8, 4
 # Most stages that fit with 32 rows.
 _PACKED_STAGES = 8
+# Rows an expert can expect up to which variant "mixed" has row blocks of 64. Not measured.
+_MIXED_FEW_ROWS = 96
+# Int8 weights that are read at once.
+_MIXED_CODES = 2
 # Rows an expert can expect above which the block-scaled kernel's row block is 128: less traffic, but more padding.
 _BLOCKSCALED_SPLIT_ROWS = 400
 
@@ -112,6 +116,24 @@ def packed_obstacle(problem: Problem, device: Device) -> str | None:
         return f"H is {problem.hidden_size}, not a multiple of {_CODES}, the weights of 16 bits"
     if problem.intermediate_size % _SIDE:
         return f"I is {problem.intermediate_size}, not a multiple of {_SIDE}, of which gate and up lie side by side"
+    return _two_bytes_obstacle(problem) or _gluon_obstacle(problem, device)
+
+
+def mixed_obstacle(problem: Problem, device: Device) -> str | None:
+    """Why the kernel for int8 weights beside 16-bit rows cannot run a call on the TMA path; None if it can."""
+    scheme = problem.scheme
+    if scheme.name != "int8_w8a16":
+        return f"quantization is {scheme.name!r}, and it multiplies the int8 weights of 'int8_w8a16'"
+    if scheme.scale_columns or scheme.zero_points:
+        return "the weights have scales of groups, or zero points, and it applies scales to whole rows, after the sum"
+    for name, size in (("H", problem.hidden_size), ("I", problem.intermediate_size)):
+        if size % _MIXED_CODES:
+            return f"{name} is {size}, not a multiple of {_MIXED_CODES}, the weights of 16 bits"
+    return _two_bytes_obstacle(problem) or _gluon_obstacle(problem, device)
+
+
+def _two_bytes_obstacle(problem: Problem) -> str | None:
+    """Why weights cannot be read two bytes at once along K; None if they can."""
     for name, strides, address in (
         ("w1", problem.w1_strides, problem.w1_address), ("w2", problem.w2_strides, problem.w2_address)
     ):  # fmt: skip
@@ -119,7 +141,7 @@ def packed_obstacle(problem: Problem, device: Device) -> str | None:
             return f"{name} is N-major, and it reads rows along K"
         if (strides[0] | strides[1] | address) % 2:
             return f"{name} does not lie at multiples of two bytes, which it reads at once"
-    return _gluon_obstacle(problem, device)
+    return None
 
 
 def _listed(values: tuple[int, ...]) -> str:
@@ -127,7 +149,10 @@ def _listed(values: tuple[int, ...]) -> str:
 
 
 # Variants that not every call on the TMA path can have.
-_OBSTACLES = {"pingpong": pingpong_obstacle, "blockscaled": blockscaled_obstacle, "packed": packed_obstacle}
+_OBSTACLES = {
+    "pingpong": pingpong_obstacle, "blockscaled": blockscaled_obstacle, "packed": packed_obstacle,
+    "mixed": mixed_obstacle,
+}  # fmt: skip
 
 
 def _gluon_obstacle(problem: Problem, device: Device) -> str | None:
@@ -198,6 +223,17 @@ def packed_tiles(problem: Problem, device: Device) -> tuple[TileConfig, TileConf
     return (replace(down, block_n=_PACKED_WEIGHTS // 2) if problem.activation.gated else down), down
 
 
+def mixed_tiles(problem: Problem, block_m: int | None = None) -> tuple[TileConfig, TileConfig]:
+    """(up, down): two consumers, with 128 rows and 128 rows of weights each, and the stages that then fit.
+
+    With few rows an expert 64 of them: less padding, and more stages.
+    """
+    if block_m is None:
+        block_m = 64 if expected_rows(problem) <= _MIXED_FEW_ROWS else 128
+    down = TileConfig(block_m, 128, 64, 8, 4, 6 if block_m == 64 else 4, True)
+    return (replace(down, block_n=64) if problem.activation.gated else down), down
+
+
 def active_experts(problem: Problem) -> float:
     """Experts that expect a route, of tokens that choose theirs evenly and independently."""
     missed = 1 - min(1, problem.top_k / problem.num_experts)
@@ -213,6 +249,8 @@ def tiles_obstacle(variant: str, problem: Problem, up: TileConfig, down: TileCon
     elif variant == "blockscaled":
         block_m = 128 if up.block_m == down.block_m == 128 else 64
         owns = tuple(replace(tile, block_m=block_m) for tile in blockscaled_tiles(problem))
+    elif variant == "mixed":
+        owns = mixed_tiles(problem, 64 if up.block_m == down.block_m == 64 else 128)
     else:
         return None
     for name, tile, own in zip(("up", "down"), (up, down), owns, strict=True):

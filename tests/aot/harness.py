@@ -110,6 +110,7 @@ def _forget_kernels() -> None:
         exchange,
         gemv,
         grouped_gemm,
+        mixed,
         packed,
         pingpong,
         planes,
@@ -118,7 +119,9 @@ def _forget_kernels() -> None:
         topk,
     )
 
-    for module in (blockscaled, combine, exchange, gemv, grouped_gemm, packed, pingpong, planes, quantize, route, topk):
+    for module in (
+        blockscaled, combine, exchange, gemv, grouped_gemm, mixed, packed, pingpong, planes, quantize, route, topk
+    ):  # fmt: skip
         for value in vars(module).values():
             if isinstance(value, JITFunction):
                 value.device_caches.clear()

@@ -80,7 +80,7 @@ CASES |= {
     variant: Case("tma", variant, (1, 3))
     for variant in VARIANTS
     # Those of formats are below.
-    if variant not in {"blockscaled", "packed", *(c.variant for c in CASES.values())}
+    if variant not in {"blockscaled", "packed", "mixed", *(c.variant for c in CASES.values())}
 }
 # The kernels that quantised weights have to themselves, with the tiles that they take.
 QUANTIZED_CASES = {
@@ -100,6 +100,9 @@ QUANTIZED_CASES = {
     ),
     "packed-int4": Case("tma", "packed", (64, 77), quantized={"quantization": "int4_w4a16", "block_shape": (0, 128)}),
     "packed-mxfp4": Case("tma", "packed", (1, 40), quantized={"quantization": "mxfp4_w4a16"}),
+    "mixed-int8": Case(
+        "tma", "mixed", (2048, 1500), quantized={"quantization": "int8_w8a16", "granularity": "channel"}
+    ),
     "sorted-int4": Case("tma", "sorted", (64, 77), quantized={"quantization": "int4_w4a16", "block_shape": (0, 128)}),
     "sorted-mxfp4": Case("tma", "sorted", (64, 77), quantized={"quantization": "mxfp4_w4a16"}),
     "direct-fp8": Case("tma", "direct", (1, 3), quantized={"quantization": "fp8_w8a8", "block_shape": (128, 128)}),

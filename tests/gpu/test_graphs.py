@@ -20,6 +20,7 @@ RUNS = [
     (None, "tma", "pingpong"),
     ("fp8_channel", "tma", "pingpong"),
     ("fp8_block", "tma", "blockscaled"),
+    ("int8_weights", "tma", "mixed"),
 ]
 
 

@@ -21,6 +21,7 @@ from moe_ops.problem import make_problem
 from moe_ops.testing import assert_correct, assert_exact, override, poisoned_memory, random_inputs
 from moe_ops.testing.hopper import describe_hopper, hopper
 from moe_ops.testing.hopper.machine import HopperError
+from moe_ops.testing.sanitizer import sanitized
 from moe_ops.testing.strategies import assert_result, build, calls, formats
 from moe_ops.tuning import TileConfig, variant_obstacle
 from tests.amount import ALL, params
@@ -30,7 +31,7 @@ from tests.interp.test_fuzz import EXAMPLES
 from tests.quantized import FORMATS, check_every_scale, every_scale_case, one_hot_case, quantized_case
 
 HALF = (torch.bfloat16, torch.float16)
-KERNELS = ("pingpong", "blockscaled", "packed")
+KERNELS = ("pingpong", "blockscaled", "packed", "mixed")
 
 
 def runs(variant: str, args) -> bool:
@@ -75,8 +76,13 @@ def test_format(name, variant, tokens):
     assert_correct(emulated(args, variant), args)
 
 
-@pytest.mark.parametrize("option", ["biases_interleaved", "router_weight_on_input", "swigluoai", "silu_no_gate"])
-@pytest.mark.parametrize(("name", "variant"), [("fp8_block", "blockscaled"), ("int4_zero_points", "packed")])
+OPTIONS_OF_FORMATS = ("biases_interleaved", "router_weight_on_input", "swigluoai", "silu_no_gate")
+
+
+@pytest.mark.parametrize("option", OPTIONS_OF_FORMATS)
+@pytest.mark.parametrize(
+    ("name", "variant"), [("fp8_block", "blockscaled"), ("int4_zero_points", "packed"), ("int8_weights", "mixed")]
+)
 def test_option_of_a_format(name, variant, option):
     args = quantized_case(name, torch.bfloat16, **OPTIONS[option])
     assert_correct(emulated(args, variant), args)
@@ -116,13 +122,29 @@ def test_sizes(sizes, num_sms):
 
 
 @pytest.mark.parametrize(
-    ("variant", "name"), [("pingpong", "plain"), ("blockscaled", "fp8_block"), ("packed", "mxfp4")]
+    ("variant", "name"),
+    [("pingpong", "plain"), ("blockscaled", "fp8_block"), ("packed", "mxfp4"), ("mixed", "int8_weights")],
 )
 def test_the_order_of_things_changes_nothing(variant, name):
     args = option_case(name, torch.bfloat16) if name in OPTIONS else quantized_case(name, torch.bfloat16, num_tokens=4)
     out = emulated(args, variant)
     for seed in range(1, 10 if ALL else 4):
         assert torch.equal(emulated(args, variant, seed=seed), out)
+
+
+def test_rows_of_128_beside_int8_weights():
+    """As many as a block of experts with many rows; the last K step is half a step."""
+    args = quantized_case("int8_weights", torch.float16, num_tokens=100, hidden=224, intermediate=96, bias=True)
+    config = tuple(TileConfig(128, columns, 64, 8, 4, 4, True) for columns in (64, 128))
+    assert_correct(emulated(args, "mixed", config=config), args)
+
+
+def test_gathered_rows_are_in_bounds():
+    """Padding rows have no token: they are not read, and there is nothing behind the last one."""
+    args = quantized_case("int8_weights", torch.bfloat16, hidden=224)
+    with sanitized() as report:
+        assert_correct(emulated(args, "mixed"), args)
+    assert report.launches["gather_planes_kernel"] == 1
 
 
 def test_rows_of_128_are_two_consumers():
@@ -137,6 +159,7 @@ DRAWN = {
     "pingpong quantized": calls(quantized=formats(("fp8_w8a8",), blocks=False), **SMALL),
     "blockscaled": calls(quantized=formats(("fp8_w8a8",), blocks=True), **SMALL),
     "packed": calls(quantized=formats(("int4_w4a16", "mxfp4_w4a16")), **SMALL),
+    "mixed": calls(quantized=formats(("int8_w8a16",)), **SMALL),
 }
 
 

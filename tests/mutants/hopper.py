@@ -147,6 +147,32 @@ HOPPER_MUTATIONS = [
         "packed_planes_end_in_what_was_there", "packed", "if WIDTH * PLANES > N and block_n", "if N < 0 and block_n",
         "columns behind a plane's last are multiplied as they are", "packed int4",
     ),
+    Mutation(
+        "mixed_empty_parity", "mixed", "mbarrier.wait(empty.index(place), phase)",
+        "mbarrier.wait(empty.index(place), phase ^ 1)", "the filler waits for a pass that nobody has begun",
+        "mixed int8",
+    ),
+    Mutation(
+        "mixed_bytes_of_one_plane", "mixed", "2 * STEP * (ROWS + PLANES * BLOCK_M)", "2 * STEP * (ROWS + BLOCK_M)",
+        "a stage counts as full before its last plane of rows is there", "mixed int8",
+    ),
+    Mutation(
+        "mixed_rows_of_the_other_plane", "mixed", "rows_smem.index(PLANES * place + 1)",
+        "rows_smem.index(PLANES * place)", "odd columns of the weights are multiplied with even ones of the rows",
+        "mixed int8",
+    ),
+    Mutation(
+        "mixed_numbers_of_this_step", "mixed", "following = gl.where(more, FIRST + stage, place)", "following = place",
+        "even columns of a step are multiplied with those of the next one", "mixed int8",
+    ),
+    Mutation(
+        "mixed_scales_of_the_gate", "mixed", "if INTERLEAVED else half * N + columns", "if INTERLEAVED else columns",
+        "up by the scales and the bias of the gate", "mixed int8",
+    ),
+    Mutation(
+        "mixed_act_in_the_other_order", "mixed", "y.reshape((WIDTH, PLANES, BLOCK_M)).permute((1, 2, 0))",
+        "y.reshape((PLANES, WIDTH, BLOCK_M)).permute((0, 2, 1))", "act in halves in the place of planes", "mixed int8",
+    ),
 ]
 RACES = [
     Mutation(
@@ -197,6 +223,12 @@ RACES = [
         "total1 = warpgroup_mma_wait(0, deps=(total1,))\n        mbarrier.arrive(empty.index(stage), count=1)\n",
         "mbarrier.arrive(empty.index(stage), count=1)\n        total1 = warpgroup_mma_wait(0, deps=(total1,))\n",
         "a stage is filled while wgmma may read it", "packed many K steps",
+    ),
+    Mutation(
+        "mixed_stage_given_back_too_early", "mixed",
+        "acc = warpgroup_mma_wait(0, deps=(acc,))\n            mbarrier.arrive(empty.index(place), count=1)\n",
+        "mbarrier.arrive(empty.index(place), count=1)\n            acc = warpgroup_mma_wait(0, deps=(acc,))\n",
+        "a stage is filled while wgmma may read it", "mixed many K steps",
     ),
 ]
 # fmt: on

@@ -59,6 +59,12 @@ def packed(name: str, splits: int = 1, **sizes) -> None:
     over_and_over(quantized_case(name, torch.bfloat16, DEVICE, **sizes), variant="packed", splits=splits)
 
 
+def mixed(**sizes) -> None:
+    """int8 weights beside 16-bit rows."""
+    sizes = {"num_tokens": 60 if EMULATED else 700, "hidden": 288, "intermediate": 160, "bias": True} | sizes
+    over_and_over(quantized_case("int8_weights", torch.bfloat16, DEVICE, **sizes), variant="mixed")
+
+
 def every_scale() -> None:
     """All scales of mxfp4, exactly."""
     with machine():
@@ -95,5 +101,10 @@ KINDS = (
         "packed many K steps": partial(
             packed, "mxfp4", num_tokens=many(300), hidden=2048, intermediate=160 if EMULATED else 1184
         ),
+    },
+    {
+        "mixed int8": mixed,
+        "mixed interleaved": partial(mixed, gate_up_layout="interleaved"),
+        "mixed many K steps": partial(mixed, num_tokens=many(3000), hidden=1040, intermediate=1104),
     },
 )

@@ -26,7 +26,7 @@ USUAL_HOPPER = ("turn_parity", "half_the_bytes_announced", "partial_sum_used_too
 USUAL = [mutation for mutation in MUTATIONS if not mutation.in_full]
 USUAL += [mutation for mutation in ALL if mutation.name in USUAL_HOPPER]
 # A check of each kernel, which the others follow.
-HOPPER_FIRSTS = ("pingpong plain", "blockscaled fp8_block", "packed int4")
+HOPPER_FIRSTS = ("pingpong plain", "blockscaled fp8_block", "packed int4", "mixed int8")
 
 
 def name(mutation: Mutation | None) -> str:

@@ -24,7 +24,8 @@ def test_env_says_why_paths_are_not_there():
     from moe_ops.cli.env import paths
 
     on = {name: paths(known_card(name).device) for name in ("a100", "h200", "b200")}
-    assert not any(on["h200"][path] for path in ("tma", "tma, pingpong", "tma, blockscaled", "tma, packed"))
+    kernels = ("tma", "tma, pingpong", "tma, blockscaled", "tma, packed", "tma, mixed")
+    assert not any(on["h200"][path] for path in kernels)
     assert "TMA needs 9.0" in on["a100"]["tma"] and on["a100"]["classic"] is None
     assert on["b200"]["tma"] is None and "wgmma is 9.x alone" in on["b200"]["tma, pingpong"]
 

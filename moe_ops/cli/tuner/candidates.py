@@ -104,6 +104,7 @@ def _other_variants(problem: Problem, device: Device, path: str, own: Tiles) -> 
         "pingpong": rows >= _FEWEST_PERSISTENT_ROWS,
         "blockscaled": rows >= _FEWEST_PERSISTENT_ROWS,
         "packed": rows <= _MOST_PACKED_ROWS,
+        "mixed": rows >= _FEWEST_PERSISTENT_ROWS,
     }
     for variant, worth_it in plausible.items():
         if variant != own.variant and worth_it and variant_obstacle(variant, problem, device, path) is None:
@@ -120,7 +121,7 @@ def _other_rows(problem: Problem, device: Device, path: str) -> Iterator[Tiles]:
 
 def _neighbours(variant: str, tile: TileConfig, device: Device) -> Iterator[TileConfig]:
     """A tile with one thing changed: of the kinds that a variant leaves open."""
-    if variant in ("pingpong", "blockscaled"):
+    if variant in ("pingpong", "blockscaled", "mixed"):
         changes = [{"group_m": group} for group in dict.fromkeys((*_GROUPS, row_group(device.num_sms)))]
     elif variant == "packed":
         changes = [

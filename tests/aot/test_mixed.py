@@ -1,0 +1,92 @@
+"""Ahead of time, without a GPU: the kernel for int8 weights beside 16-bit rows compiles for Hopper to what is meant."""
+
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+
+pytest.importorskip("triton.experimental.gluon")
+
+from moe_ops.problem import make_problem
+from moe_ops.testing import override
+from moe_ops.tuning.obstacles import tuned_obstacle
+from moe_ops.tuning.variants import mixed_obstacle, mixed_tiles
+from tests.amount import params
+from tests.aot.harness import DEVICES, KIB, compiling, report
+from tests.quantized import quantized_case
+
+SIZES = {"num_tokens": 2048, "hidden": 1024, "intermediate": 1280, "experts": 4, "top_k": 2}
+TAILS = {"hidden": 288, "intermediate": 1184, "bias": True}
+BF16, FP16 = torch.bfloat16, torch.float16
+
+VARIANTS = {
+    "plain": (BF16, {}),
+    "float16": (FP16, {}),
+    "tails": (BF16, TAILS),
+    "interleaved": (BF16, TAILS | {"gate_up_layout": "interleaved", "activation": "swigluoai"}),
+    "no gate": (BF16, TAILS | {"activation": "relu2_no_gate"}),
+    "no gate float16": (FP16, {"activation": "gelu_no_gate"}),
+    "router weights": (FP16, {"apply_router_weight_on_input": True, "activation": "gelu"}),
+    "64 rows": (BF16, {"num_tokens": 100}),
+    "64 rows of tails": (FP16, TAILS | {"num_tokens": 100}),
+}
+# Bytes, most of them in the epilogue, which has a tile's router weights beside its sums.
+SPILLS = {"router weights": 300}
+
+
+def compiled(args):
+    """The up and the down GEMM, which are one kernel."""
+    from moe_ops.backends import tma
+    from moe_ops.dispatch import make_plan
+
+    problem = make_problem(args)
+    with override(variant="mixed"):
+        plan = make_plan(problem, DEVICES[90])
+    with compiling(90) as launches:
+        tma.run(args, problem, plan, args.hidden_states.new_empty(problem.out_shape))
+    return [report(fn.__name__, kernel) for fn, kernel in launches if fn.__name__ == "mixed_kernel"]
+
+
+@pytest.mark.parametrize("name", params(list(VARIANTS), ["interleaved", "no gate float16", "64 rows"]))
+def test_variants(name):
+    dtype, options = VARIANTS[name]
+    kernels = compiled(quantized_case("int8_weights", dtype, **SIZES | options))
+    assert len(kernels) == 2
+    for gemm in kernels:
+        assert gemm.spills <= SPILLS.get(name, 0) and not gemm.serialized
+        assert gemm.shared_memory <= 227 * KIB
+        # Weights go from shared memory into registers as wgmma has them, and wgmma takes them from there.
+        assert gemm.count("ldmatrix") > 0
+        products = re.findall(r"wgmma\.mma_async\S+\s+\{[^}]*\},\s*(\S)", gemm.ptx)
+        assert products and set(products) == {"{"}
+
+
+@pytest.mark.parametrize(
+    ("form", "options", "arch", "reason"),
+    [
+        ("int8_weights", {}, 90, None),
+        ("int8_weights", {}, 100, "10.0"),
+        ("int8_weights_groups", {}, 90, "scales of groups"),
+        ("int8_channel", {}, 90, "'int8_w8a8'"),
+        ("int8_weights", {"hidden": 33}, 90, "H is 33"),
+        ("int8_weights", {"intermediate": 37}, 90, "I is 37"),
+        ("int8_weights", {"n_major": True}, 90, "N-major"),
+        ("int8_weights", {"dtype": torch.float32}, 90, "float32"),
+    ],
+)
+def test_obstacles(form, options, arch, reason):
+    obstacle = mixed_obstacle(make_problem(quantized_case(form, **{"dtype": BF16} | options)), DEVICES[arch])
+    assert obstacle is None if reason is None else reason in obstacle
+
+
+def test_tiles():
+    problem = make_problem(quantized_case("int8_weights", BF16, **SIZES))
+    tiles = mixed_tiles(problem)
+    assert [(tile.block_m, tile.num_stages) for tile in tiles] == [(128, 4)] * 2
+    few = mixed_tiles(make_problem(quantized_case("int8_weights", BF16, **SIZES | {"num_tokens": 100})))
+    assert [(tile.block_m, tile.num_stages) for tile in few] == [(64, 6)] * 2
+    for right in (tiles, few, [replace(tile, group_m=16, num_stages=2) for tile in tiles]):
+        assert tuned_obstacle(problem, DEVICES[90], "tma", "mixed", *right) is None
+    for changed in ({"block_k": 128}, {"block_m": 32}, {"num_stages": 1}, {"num_stages": 5}, {"swap_ab": False}):
+        assert tuned_obstacle(problem, DEVICES[90], "tma", "mixed", *(replace(tile, **changed) for tile in tiles))
