@@ -9,7 +9,8 @@ from moe_ops.cli.calls import Sizes
 from moe_ops.cli.tuner.calls import PARTS, Call, part_key, tiles_to_json
 from moe_ops.cli.tuner.pool import Answer, Pool, PoolError
 from moe_ops.devices import Device
-from moe_ops.dispatch import choose_path, make_plan
+from moe_ops.dispatch import Override, choose_path, make_plan, override
+from moe_ops.tuning import VARIANTS
 from moe_ops.tuning.lookup import heuristic_tiles
 from moe_ops.tuning.table import Tiles
 
@@ -72,7 +73,8 @@ def planned(
                     path, _ = choose_path(problem, device)
                     if path not in ("tma", "classic"):
                         continue
-                    plan = make_plan(problem, device)
+                    with override(Override(variant=name if name in VARIANTS else None)):
+                        plan = make_plan(problem, device)
                 except ValueError:  # the cell of that call says it
                     continue
                 own = name == "heuristic"

@@ -33,6 +33,7 @@ from moe_ops.cli.progress import Progress
 from moe_ops.cli.recorded import beside, check_recorded, load_peers
 from moe_ops.cli.tuner.calls import Call
 from moe_ops.devices import Device, describe
+from moe_ops.tuning import VARIANTS
 from moe_ops.tuning.table import Tiles
 
 _PATHS = ("tma", "classic")
@@ -74,7 +75,8 @@ def add_parser(commands) -> None:
     )
     what.add_argument(
         "--variant", action="append", choices=(*OURS, *PEERS), metavar="NAME",
-        help=variants + "tuned with one where there is one; the others are peers, for unquantised weights",
+        help=f"{variants}tuned with one where there is one; {', '.join(VARIANTS)} are kernel variants, whatever a call "
+        "would take; the others are peers, for unquantised weights",
     )  # fmt: skip
     what.add_argument("--peers", action="store_true", help="add every peer that can be imported")
     what.add_argument("--stages", action="store_true", help="time quantize, route, up, down and combine alone too")

@@ -17,12 +17,13 @@ from moe_ops.devices import describe
 from moe_ops.dispatch import Plan, choose_path
 from moe_ops.problem import Problem, make_problem
 from moe_ops.testing import override
+from moe_ops.tuning import VARIANTS
 from moe_ops.tuning.lookup import heuristic_tiles
 from moe_ops.tuning.table import Tiles
 
-# Ours: a path with the tiles that a call gets there; the tiles of the heuristic, and those of a table where there is
-# one, on the path that a call takes.
-OURS = ("tma", "classic", "heuristic", "tuned")
+# Ours: a path with the tiles that a call gets there; on the path that a call takes the tiles of the heuristic, those of a
+# table where there is one, and a kernel variant with its own.
+OURS = ("tma", "classic", "heuristic", "tuned", *VARIANTS)
 _T = TypeVar("_T")
 
 
@@ -131,6 +132,14 @@ def own_call(args: Arguments, name: str) -> harness.Call:
     """The op on one of its paths ("auto" too), or as one of `OURS`."""
     if name == "heuristic":
         return forced(args, *_heuristic(args))
+    if name in VARIANTS:
+        call = own_call(args, "auto")
+
+        def run() -> torch.Tensor:
+            with override(variant=name):
+                return call()
+
+        return run
     op, tensors = torch.ops.moe_ops.fused_moe_tma, args.tensors()
     path = "auto" if name == "tuned" else name
     if args.quantization == "none":
@@ -174,7 +183,7 @@ def _plan(args: Arguments, name: str) -> tuple[Problem, Plan]:
         path, tiles = _heuristic(args)
         with override(path=path, variant=tiles.variant, config=(tiles.up, tiles.down)):
             return plans.plan(args)
-    with override(path=None if name == "tuned" else name):
+    with override(variant=name) if name in VARIANTS else override(path=None if name == "tuned" else name):
         return plans.plan(args)
 
 

@@ -4,12 +4,14 @@ import importlib.util
 import math
 from pathlib import Path
 
+from moe_ops.tuning import VARIANTS
+
 MISSING = "--plot needs matplotlib: pip install moe-ops-tma[bench]"
 
 # Okabe and Ito's colours, which all eyes tell apart (https://jfly.uni-koeln.de/color/), and a shape for each.
 COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
-_OURS = ("tma", "classic", "heuristic", "tuned")
+_OURS = ("tma", "classic", "heuristic", "tuned", *VARIANTS)
 _RECORDED = "best peer (recorded)"
 # Percent at which the colours of gains end: what the heuristic is meant to stay within.
 _MOST_GAIN = 10

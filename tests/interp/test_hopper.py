@@ -16,6 +16,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from moe_ops.backends.pingpong import descriptor
+from moe_ops.cli.measure import own_call
 from moe_ops.kernels.compat import tma_load, tma_store
 from moe_ops.problem import make_problem
 from moe_ops.testing import assert_correct, assert_exact, override, poisoned_memory, random_inputs
@@ -145,6 +146,15 @@ def test_gathered_rows_are_in_bounds():
     with sanitized() as report:
         assert_correct(emulated(args, "mixed"), args)
     assert report.launches["gather_planes_kernel"] == 1
+
+
+def test_bench_times_a_variant_that_no_call_takes_by_itself():
+    args = quantized_case("int8_weights", torch.bfloat16)
+    with hopper() as launches:
+        assert_correct(own_call(args, "mixed")(), args)
+        assert launches.programs["mixed_kernel"] > 0
+        with pytest.raises(ValueError, match="variant is 'pingpong', but quantization is 'int8_w8a16'"):
+            own_call(args, "pingpong")()
 
 
 def test_rows_of_128_are_two_consumers():
