@@ -21,8 +21,8 @@ from moe_ops.tuning import VARIANTS
 from moe_ops.tuning.lookup import heuristic_tiles
 from moe_ops.tuning.table import Tiles
 
-# Ours: a path with the tiles that a call gets there; on the path that a call takes the tiles of the heuristic, those of a
-# table where there is one, and a kernel variant with its own.
+# Ours: a path with the tiles that a call gets there; on the path that a call takes the tiles of the heuristic, those of
+# a table where there is one, and a kernel variant with its own.
 OURS = ("tma", "classic", "heuristic", "tuned", *VARIANTS)
 _T = TypeVar("_T")
 
