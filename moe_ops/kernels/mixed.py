@@ -153,6 +153,7 @@ def _affine(acc, epilogue, expert, column, half: gl.constexpr, row, N: gl.conste
     weight_rows = columns
     if GATED:
         weight_rows = 2 * columns + half if INTERLEAVED else half * N + columns
+    expert = expert.to(gl.int64)
     scale_ptrs = scale_ptr + expert * stride_se + weight_rows.to(gl.int64) * stride_sn
     acc *= gl.load(scale_ptrs, mask=exist, other=0.0).to(gl.float32)[:, None]
     if router_weights_ptr is not None:
@@ -173,7 +174,7 @@ def _store_tile(acc, CONSUMER: gl.constexpr, out_smem, out_desc, epilogue, block
     max_rows, alpha, limit = epilogue[9:]
     row = block_m * acc.shape[1]
     acc0, acc1 = acc.reshape((2, ROWS // 2, acc.shape[1])).permute((1, 2, 0)).split()
-    expert = gl.load(epilogue[7] + block_m).to(gl.int64)
+    expert = gl.load(epilogue[7] + block_m)
     if GATED:
         gate = _affine(acc0, epilogue, expert, block_n * (ROWS // 2), 0, row, N, True, INTERLEAVED)
         up = _affine(acc1, epilogue, expert, block_n * (ROWS // 2), 1, row, N, True, INTERLEAVED)
