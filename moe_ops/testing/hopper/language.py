@@ -255,10 +255,10 @@ class Language:
 
         def finish() -> None:
             views["data"].copy_(box.view(views["data"].shape))
-            views["writing"].sub_(1)
+            barrier.releases.append(lambda: views["writing"].sub_(1))
             barrier.transact(-box.numel() * box.itemsize)
 
-        self._machine.launch("load", finish)
+        self._machine.launch("load", finish, loose=True)
         self._machine.pause()
 
     def _tma_store(self, desc: Descriptor, start: Sequence[Any], source: Shared) -> None:
@@ -292,7 +292,7 @@ class Language:
         if increment_count:
             raise NotImplementedError("a barrier that does not count the threads in advance")
         threads = 32 * self._machine.role.num_warps
-        self._machine.launch("copy", lambda: barrier.arrive(threads))
+        self._machine.launch("copy", lambda: barrier.arrive(threads), loose=True)
 
     def _mma(self, a: Any, b: Shared, acc: Value, use_acc: Any = True, is_async: bool = False) -> Value:
         reads = [view.views() for view in (a, b) if isinstance(view, Shared)]

@@ -1,7 +1,9 @@
 """What a program of a warp-specialised kernel runs on: roles that take turns, barriers, copies and wgmma in flight.
 
 A role is a thread of Python, and one of them runs at a time. Which one, and when a copy that is on its way arrives, is
-drawn from a seed, so that a run can be had again and other orders tried. Whatever the order, found are
+drawn from a seed, so that a run can be had again and other orders tried. What a program can know of only by a wait ends
+with that wait and not before: wgmma, stores, copies of cp.async. What TMA loads is there when its barrier's phase is
+over. Found are
 
     race        memory is written while a copy or wgmma reads it or another copy writes it, or read while one writes it
     proxy       wgmma or TMA read what was written in another way, without a fence
@@ -52,6 +54,8 @@ class Barrier:
 
     def __init__(self) -> None:
         self.count = self.left = self.bytes = self.phase = 0
+        # What is so when the phase is over.
+        self.releases: list[Callable[[], object]] = []
 
     def init(self, count: int) -> None:
         """So many arrivals in a phase."""
@@ -76,6 +80,9 @@ class Barrier:
     def _complete(self) -> None:
         if self.left == 0 and self.bytes == 0:
             self.left, self.phase = self.count, self.phase + 1
+            for release in self.releases:
+                release()
+            self.releases = []
 
 
 @dataclass(eq=False)
@@ -130,6 +137,7 @@ class Machine:
         self.program, self.programs = program, programs
         self._random = random.Random(f"{seed} {program}")
         self.memories: list[Memory] = []
+        # What may end at any time.
         self._loose: list[Flight] = []
         self._failure: BaseException | None = None
         self._over = _held()
@@ -214,16 +222,18 @@ class Machine:
 
     def finish(self) -> None:
         """Ends what is still on its way when the program ends."""
-        while self._loose:
-            self._end(self._loose[0])
+        for role in self._roles:
+            for flight in role.flights:
+                self._end(flight)
 
-    def launch(self, kind: str, finish: Callable[[], None]) -> Flight:
-        """Something begins that will end by itself."""
+    def launch(self, kind: str, finish: Callable[[], None], *, loose: bool = False) -> Flight:
+        """Something begins; loose: it ends at some time by itself, and not only when its role waits for it."""
         flight, role = Flight(kind, finish), self.role
         role.flights = [other for other in role.flights if not other.done] + [flight]
         if kind == "copy":
             role.ungrouped.append(flight)
-        self._loose.append(flight)
+        if loose:
+            self._loose.append(flight)
         return flight
 
     def _end(self, flight: Flight) -> None:
@@ -237,7 +247,8 @@ class Machine:
                     before = role.flights[: role.flights.index(flight)]
         for each in (*(other for other in before if other.kind == flight.kind and not other.done), flight):
             each.done = True
-            self._loose.remove(each)
+            if each in self._loose:
+                self._loose.remove(each)
             each.finish()
 
     def commit(self) -> None:
