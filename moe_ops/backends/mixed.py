@@ -74,7 +74,7 @@ def up(args: Arguments, problem: Problem, plan: Plan, routing: Routing, progress
     stride_e, stride_n, stride_k = w1.stride()
     steps = (stride_n, 2 * stride_n) if interleaved and sides == 2 else (problem.intermediate_size * stride_n, stride_n)
     _launch(
-        x, _weight_descriptor(w1, sides, (stride_e, *steps, stride_k), plan), args.w1_bias,
+        x, _weight_descriptor(w1, sides, (stride_e, *steps, stride_k), plan.up.block_k), args.w1_bias,
         weight_scales(args, problem, "w1"), router_weights if problem.router_weight_on_input else None, act,
         problem.intermediate_size, ROWS.value // 2 // PLANES.value, routing, progress, problem, plan, "up",
         K=problem.hidden_size, **activation_constexprs(problem),
@@ -97,19 +97,19 @@ def down(args: Arguments, problem: Problem, plan: Plan, routing: Routing, progre
     w2 = stored_weight(args.w2, problem, plan)
     stride_e, stride_n, stride_k = w2.stride()
     _launch(
-        act, _weight_descriptor(w2, 1, (stride_e, stride_n, stride_n, stride_k), plan), args.w2_bias,
+        act, _weight_descriptor(w2, 1, (stride_e, stride_n, stride_n, stride_k), plan.down.block_k), args.w2_bias,
         weight_scales(args, problem, "w2"), None, rows, problem.hidden_size, _BOX, routing, progress, problem, plan,
         "down", K=problem.intermediate_size, ACTIVATION=None, GATED=False, INTERLEAVED=False, HAS_LIMIT=False,
     )  # fmt: skip
 
 
-def _weight_descriptor(weight: Tensor, sides: int, strides: tuple[int, ...], plan: Plan) -> TensorDescriptor:
+def _weight_descriptor(weight: Tensor, sides: int, strides: tuple[int, ...], block_k: int) -> TensorDescriptor:
     """[E, sides, N, K / planes] in boxes of all sides; past an expert's last row there are zeros, not the next one's.
 
     The up GEMM's sides are gate and up, wherever the rows of each lie.
     """
     experts, rows, columns = weight.shape
-    box = [1, sides, ROWS.value // sides, plan.up.block_k // PLANES.value]
+    box = [1, sides, ROWS.value // sides, block_k // PLANES.value]
     return pingpong.descriptor(weight, box, (experts, sides, rows // sides, columns), strides)
 
 

@@ -133,13 +133,7 @@ def own_call(args: Arguments, name: str) -> harness.Call:
     if name == "heuristic":
         return forced(args, *_heuristic(args))
     if name in VARIANTS:
-        call = own_call(args, "auto")
-
-        def run() -> torch.Tensor:
-            with override(variant=name):
-                return call()
-
-        return run
+        return _within(own_call(args, "auto"), variant=name)
     op, tensors = torch.ops.moe_ops.fused_moe_tma, args.tensors()
     path = "auto" if name == "tuned" else name
     if args.quantization == "none":
@@ -151,10 +145,14 @@ def own_call(args: Arguments, name: str) -> harness.Call:
 
 def forced(args: Arguments, path: str, tiles: Tiles) -> harness.Call:
     """A call with these tiles, whatever the heuristic or a table says."""
-    call = own_call(args, path)
+    return _within(own_call(args, path), path=path, variant=tiles.variant, config=(tiles.up, tiles.down))
+
+
+def _within(call: harness.Call, **forced) -> harness.Call:
+    """A call under `override`."""
 
     def run() -> torch.Tensor:
-        with override(path=path, variant=tiles.variant, config=(tiles.up, tiles.down)):
+        with override(**forced):
             return call()
 
     return run

@@ -4,14 +4,13 @@ import importlib.util
 import math
 from pathlib import Path
 
-from moe_ops.tuning import VARIANTS
+from moe_ops.cli.measure import OURS
 
 MISSING = "--plot needs matplotlib: pip install moe-ops-tma[bench]"
 
 # Okabe and Ito's colours, which all eyes tell apart (https://jfly.uni-koeln.de/color/), and a shape for each.
 COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
-_OURS = ("tma", "classic", "heuristic", "tuned", *VARIANTS)
 _RECORDED = "best peer (recorded)"
 # Percent at which the colours of gains end: what the heuristic is meant to stay within.
 _MOST_GAIN = 10
@@ -141,7 +140,7 @@ def _lines(cells: list[dict]) -> list[tuple[str, dict, list[float | None]]]:
     names = dict.fromkeys(name for cell in cells for name in cell["ms"])
     lines = []
     for number, name in enumerate(names):
-        width = 2.4 if name in _OURS else 1.2
+        width = 2.4 if name in OURS else 1.2
         style = {"color": COLORS[number % len(COLORS)], "marker": MARKERS[number % len(MARKERS)], "markersize": 5}
         lines.append((name, {**style, "linewidth": width}, [cell["ms"].get(name) for cell in cells]))
     recorded = [cell.get("recorded") or {} for cell in cells]

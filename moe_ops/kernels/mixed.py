@@ -37,7 +37,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from moe_ops.kernels.activation import activate_gated, nonlinearity
 from moe_ops.kernels.compat import block_barrier, reinterpret, tma_load, tma_store
-from moe_ops.kernels.epilogue import rounded
+from moe_ops.kernels.epilogue import rounded, store_box
 from moe_ops.kernels.packed_operand import plane_numbers
 from moe_ops.kernels.pairs import pair_offset
 from moe_ops.kernels.persistent import PATIENCE, load_step, tile
@@ -188,12 +188,7 @@ def _store_tile(acc, CONSUMER: gl.constexpr, out_smem, out_desc, epilogue, block
                 y = rounded(nonlinearity(y, ACTIVATION, alpha, PTX=True), DTYPE)
                 _store_planes(y, CONSUMER, out_smem, out_desc, row, column, max_rows)
             else:
-                tma.store_wait(0)
-                block_barrier()
-                out_smem.index(CONSUMER).store(rounded(y, DTYPE).permute((1, 0)))
-                fence_async_shared()
-                block_barrier()
-                tma_store(out_desc, [row, column], out_smem.index(CONSUMER))
+                store_box(rounded(y, DTYPE).permute((1, 0)), out_smem.index(CONSUMER), out_desc, row, column)
 
 
 @gluon.jit

@@ -1,4 +1,4 @@
-"""Runs every mutant and writes the tables of docs/testing.md: `python -m tests.mutants.table`, about six minutes.
+"""Runs every mutant and writes the tables of docs/testing.md: `python -m tests.mutants.table`, some minutes.
 
 What a Hopper GPU says of the mutants of its kernels is written where there is one, and kept elsewhere.
 """

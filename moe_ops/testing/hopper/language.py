@@ -21,7 +21,7 @@ from triton.runtime.jit import JITFunction
 
 from moe_ops.kernels import compat
 from moe_ops.testing.hopper import ptx
-from moe_ops.testing.hopper.machine import Barrier, Machine, Memory, begin_read, begin_write
+from moe_ops.testing.hopper.machine import Barrier, HopperError, Machine, Memory, begin_read, begin_write
 from moe_ops.testing.hopper.values import (
     TORCH,
     Descriptor,
@@ -110,9 +110,6 @@ class Language:
     def static_assert(self, condition: Any, message: str = "") -> None:
         assert condition, message
 
-    def cdiv(self, a: int, b: int) -> int:
-        return -(-int(a) // int(b))
-
     def _layout(self, *args: Any, **kwargs: Any) -> None:
         return None
 
@@ -131,9 +128,6 @@ class Language:
 
     def to_tensor(self, value: Any) -> Value:
         return value if isinstance(value, Value) else Value(torch.as_tensor(value, dtype=_of_number(value)))
-
-    def cast(self, value: Any, dtype: Any) -> Value:
-        return self.to_tensor(value).to(dtype)
 
     def where(self, condition: Any, a: Any, b: Any) -> Value:
         a, b = self._alike(a, b)
@@ -187,7 +181,7 @@ class Language:
             self._machine.pause()
         allowed = None if mask is None else torch.as_tensor(raw(mask))
         place = pointer.place(allowed)
-        # Without a place there is nothing to take its shape from.
+        # All lanes are masked off then, and an index would have nothing to take.
         if pointer.base.numel() == 0:
             values = torch.zeros(place.shape, dtype=pointer.base.dtype)
         else:
@@ -361,7 +355,7 @@ class Barriers:
 
     def index(self, i: Any) -> Barrier:
         if not 0 <= int(i) < len(self._barriers):
-            raise IndexError(f"barrier {int(i)} of {len(self._barriers)}")
+            raise HopperError("out of bounds", f"barrier {int(i)} of {len(self._barriers)}")
         return self._barriers[int(i)]
 
 

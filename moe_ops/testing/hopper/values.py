@@ -109,21 +109,13 @@ class Pointer:
 
     @classmethod
     def of(cls, tensor: Tensor) -> Pointer:
-        """Of a tensor's first element; what lies between and behind its elements is out of bounds or not there."""
+        """Of a tensor's first element; out of bounds is what lies before it and behind the last, not gaps of a view."""
         extent = 1 + sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
         return cls(tensor.as_strided((extent if tensor.numel() else 0,), (1,)))
 
     @property
     def dtype(self) -> SimpleNamespace:
         return SimpleNamespace(element_ty=TRITON[self.base.dtype])
-
-    @property
-    def type(self) -> SimpleNamespace:
-        return SimpleNamespace(layout=None)
-
-    @property
-    def shape(self) -> list[int]:
-        return list(self.offsets.shape)
 
     def __add__(self, step: Any) -> Pointer:
         return Pointer(self.base, self.offsets + raw(step))
@@ -166,7 +158,6 @@ class Descriptor:
     def load(self, start: Sequence[Any]) -> Tensor:
         """A box; outside the tensor zeros."""
         there, inside = self._inside([int(n) for n in start])
-        # By bytes: not every operation has fp8.
         box = torch.zeros(self.block_shape, dtype=self._view.dtype)
         box[inside].copy_(self._view[there])
         return box
