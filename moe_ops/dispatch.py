@@ -92,6 +92,10 @@ class Plan:
         """Elements from one plane of a row of so many columns to the next, as `kernels.layout.plane_stride`."""
         return -(-columns // self.planes // PLANE_UNIT) * PLANE_UNIT
 
+    def part_width(self, columns: int) -> int:
+        """Elements of a row of variant "mixed": whole parts of 64, 128 bytes."""
+        return (columns + 63) // 64 * 64
+
 
 @dataclass(frozen=True)
 class Override:
@@ -194,7 +198,7 @@ def _planes(problem: Problem, variant: str, up: TileConfig, down: TileConfig) ->
         and all(size % planes == 0 for size in (problem.hidden_size, problem.intermediate_size))
         and all(s[2] == 1 and s[0] % 2 == s[1] % 2 == 0 for s in strides)
         and problem.w1_address % 2 == problem.w2_address % 2 == 0
-        and (variant == "direct" or min(up.block_k, down.block_k) >= PLANE_UNIT * planes)
+        and (variant in ("direct", "mixed") or min(up.block_k, down.block_k) >= PLANE_UNIT * planes)
     )
     return planes if wide else scheme.planes
 
@@ -214,8 +218,8 @@ def _workspace_bytes(problem: Problem, plan: Plan) -> int:
     row_bytes = row_stride(problem.hidden_size) * (problem.dtype.itemsize if plan.splits == 1 else 4)
     rows = plan.splits * plan.max_rows * row_bytes
     if plan.variant == "mixed":
-        widths = (row_stride(size // plan.planes) for size in (problem.hidden_size, problem.intermediate_size))
-        act = plan.max_rows * plan.planes * sum(widths) * problem.dtype.itemsize
+        widths = (plan.part_width(size) for size in (problem.hidden_size, problem.intermediate_size))
+        act = plan.max_rows * sum(widths) * problem.dtype.itemsize
     elif plan.planes > 1:
         width = plan.planes * problem.dtype.itemsize
         act = plan.max_rows * plan.plane_width(problem.intermediate_size) * width

@@ -64,6 +64,14 @@ def one_hot_case(quantization: str, dtype: torch.dtype, device: str = "cpu", num
     )  # fmt: skip
 
 
+def fine_scales_case(device: str = "cpu", num_tokens: int = 64) -> Arguments:
+    """`one_hot_case` of int4 whose scales of w1 have 12 bits: bfloat16 holds neither them nor most of the weights."""
+    args = one_hot_case("int4_w4a16", torch.bfloat16, device, num_tokens)
+    scale = 1 + torch.arange(args.w1_scale.numel(), device=device) * 13 % 1024 * 2.0**-11
+    args.w1_scale = scale.reshape(args.w1_scale.shape)
+    return args
+
+
 def every_scale_case(device: str = "cpu", num_tokens: int = 64) -> tuple[Arguments, torch.Tensor]:
     """e8m0 scales of every size with every code of e2m1, and what comes out: out[k, n] = w2[n, k], row n by scale n.
 

@@ -1,7 +1,7 @@
-"""Launches of the mixed-input kernel: int8 weights beside 16-bit rows, many rows an expert, on Hopper.
+"""Launches of the mixed-input kernel: 8- or 4-bit weights beside 16-bit rows, many rows an expert, on Hopper.
 
 They take the place of the pipeline's own two GEMMs where `tuning.variants.mixed_obstacle` sees none. Rows are gathered
-once a call, in planes: [planes, max_rows, columns / planes], whose rows TMA can step over.
+once a call, their columns in planes within parts of 64; they end with zeros up to whole parts.
 """
 
 from torch import Tensor
@@ -18,26 +18,26 @@ from moe_ops.backends.launch import (
     stored_weight,
     weight_scales,
 )
-from moe_ops.dispatch import Plan, row_stride
-from moe_ops.kernels.mixed import PLANES, ROWS, mixed_kernel
+from moe_ops.dispatch import Plan
+from moe_ops.kernels.mixed import mixed_kernel
+from moe_ops.kernels.mixed_operand import COLUMNS, ROWS
 from moe_ops.kernels.planes import gather_planes_kernel
 from moe_ops.problem import Arguments, Problem
 from moe_ops.routing import Routing
 
-_GATHER_BLOCK = 1024
-# Columns of a box of the down GEMM's result.
-_BOX = 64
+# Of a program that gathers rows.
+_GATHER_ROWS, _GATHER_COLUMNS = 4, 1024
+# Rows of a box of a result, of which a tile with few rows has one.
+_BOX_ROWS = 64
 
 
 def empty(like: Tensor, columns: int, problem: Problem, plan: Plan) -> Tensor:
-    """[planes, max_rows, columns / planes] in the compute dtype, whose rows TMA can step over."""
-    width = columns // PLANES.value
-    rows = like.new_empty((PLANES.value, plan.max_rows, row_stride(width)), dtype=problem.dtype)
-    return rows[:, :, :width]
+    """[max_rows, columns up to whole parts] in the compute dtype."""
+    return like.new_empty((plan.max_rows, plan.part_width(columns)), dtype=problem.dtype)
 
 
 def gather(x: Tensor, rows: Tensor, problem: Problem, plan: Plan, routing: Routing) -> None:
-    """rows[i, p, j] = x[token of p, 2 j + i] for the sorted rows p; padding rows are zeros.
+    """Writes the hidden states of the sorted rows, in planes; padding rows are zeros.
 
     Args:
         x: the hidden states, [M, H], any strides.
@@ -46,12 +46,15 @@ def gather(x: Tensor, rows: Tensor, problem: Problem, plan: Plan, routing: Routi
         plan: of variant "mixed".
         routing: the sorted routes, blocks of `plan.block_m`.
     """
-    block = min(_GATHER_BLOCK, next_power_of_2(rows.shape[2]))
+    block = max(COLUMNS.value, min(_GATHER_COLUMNS, next_power_of_2(rows.shape[1])))
     Launcher(plan.kernels)(
-        "planes", gather_planes_kernel, plan.max_rows * cdiv(rows.shape[2], block),
+        "planes", gather_planes_kernel, plan.max_rows // _GATHER_ROWS * cdiv(rows.shape[1], block),
         (x, rows, routing.sorted_routes, routing.num_padded, problem.num_routes, problem.hidden_size, *x.stride(),
-         plan.max_rows, rows.stride(1)),
-        lambda: {"TOP_K": problem.top_k, "BLOCK": block, "num_warps": 4, **dependent(plan)},
+         rows.stride(0)),
+        lambda: {
+            "TOP_K": problem.top_k, "PLANES": plan.planes, "PART": COLUMNS.value, "ROWS": _GATHER_ROWS, "BLOCK": block,
+            "num_warps": 4, **dependent(plan),
+        },
     )  # fmt: skip
 
 
@@ -74,10 +77,10 @@ def up(args: Arguments, problem: Problem, plan: Plan, routing: Routing, progress
     stride_e, stride_n, stride_k = w1.stride()
     steps = (stride_n, 2 * stride_n) if interleaved and sides == 2 else (problem.intermediate_size * stride_n, stride_n)
     _launch(
-        x, _weight_descriptor(w1, sides, (stride_e, *steps, stride_k), plan.up.block_k), args.w1_bias,
+        x, _weight_descriptor(w1, sides, (stride_e, *steps, stride_k), plan.up.block_k // plan.planes), args.w1_bias,
         weight_scales(args, problem, "w1"), router_weights if problem.router_weight_on_input else None, act,
-        problem.intermediate_size, ROWS.value // 2 // PLANES.value, routing, progress, problem, plan, "up",
-        K=problem.hidden_size, **activation_constexprs(problem),
+        problem.intermediate_size, routing, progress, problem, plan, "up", K=problem.hidden_size,
+        **activation_constexprs(problem),
     )  # fmt: skip
 
 
@@ -97,44 +100,36 @@ def down(args: Arguments, problem: Problem, plan: Plan, routing: Routing, progre
     w2 = stored_weight(args.w2, problem, plan)
     stride_e, stride_n, stride_k = w2.stride()
     _launch(
-        act, _weight_descriptor(w2, 1, (stride_e, stride_n, stride_n, stride_k), plan.down.block_k), args.w2_bias,
-        weight_scales(args, problem, "w2"), None, rows, problem.hidden_size, _BOX, routing, progress, problem, plan,
-        "down", K=problem.intermediate_size, ACTIVATION=None, GATED=False, INTERLEAVED=False, HAS_LIMIT=False,
+        act, _weight_descriptor(w2, 1, (stride_e, stride_n, stride_n, stride_k), plan.down.block_k // plan.planes),
+        args.w2_bias, weight_scales(args, problem, "w2"), None, rows, problem.hidden_size, routing, progress, problem,
+        plan, "down", K=problem.intermediate_size, ACTIVATION=None, GATED=False, INTERLEAVED=False, HAS_LIMIT=False,
     )  # fmt: skip
 
 
-def _weight_descriptor(weight: Tensor, sides: int, strides: tuple[int, ...], block_k: int) -> TensorDescriptor:
+def _weight_descriptor(weight: Tensor, sides: int, strides: tuple[int, ...], columns: int) -> TensorDescriptor:
     """[E, sides, N, K / planes] in boxes of all sides; past an expert's last row there are zeros, not the next one's.
 
     The up GEMM's sides are gate and up, wherever the rows of each lie.
     """
-    experts, rows, columns = weight.shape
-    box = [1, sides, ROWS.value // sides, block_k // PLANES.value]
-    return pingpong.descriptor(weight, box, (experts, sides, rows // sides, columns), strides)
-
-
-def _flat(planes: Tensor) -> Tensor:
-    """[planes, max_rows, width] as the rows of one matrix."""
-    return planes.as_strided((planes.shape[0] * planes.shape[1], planes.shape[2]), planes.stride()[1:])
+    experts, rows, stored = weight.shape
+    box = [1, sides, ROWS.value // sides, columns]
+    return pingpong.descriptor(weight, box, (experts, sides, rows // sides, stored), strides)
 
 
 def _launch(rows: Tensor, weights_desc: TensorDescriptor, bias: Tensor | None, scales: tuple,
-            router_weights: Tensor | None, out: Tensor, columns: int, box: int, routing: Routing, progress: Tensor,
+            router_weights: Tensor | None, out: Tensor, columns: int, routing: Routing, progress: Tensor,
             problem: Problem, plan: Plan, name: str, **constexprs) -> None:  # fmt: skip
     config = plan.up if name == "up" else plan.down
     bias, stride_be = bias_and_stride(bias)
-    scale, stride_se, stride_sn = scales[:3]
-    out = _flat(out) if out.ndim == 3 else out
     Launcher(plan.kernels)(
         name, mixed_kernel,
         min(plan.num_sms, routing.tile_experts.numel() * cdiv(columns, config.block_n)),
-        (pingpong.descriptor(_flat(rows), [config.block_m, config.block_k // PLANES.value]), weights_desc, scale, bias,
-         router_weights, pingpong.descriptor(out, [config.block_m, box]), routing.sorted_routes, routing.tile_experts,
-         routing.num_padded, progress, problem.num_routes, plan.max_rows, stride_se, stride_sn, stride_be,
-         problem.alpha or 0.0, problem.limit or 0.0),
+        (pingpong.descriptor(rows, [config.block_m, COLUMNS.value]), weights_desc, *scales, bias, router_weights,
+         pingpong.descriptor(out, [_BOX_ROWS, COLUMNS.value]), routing.sorted_routes, routing.tile_experts,
+         routing.num_padded, progress, problem.num_routes, stride_be, problem.alpha or 0.0, problem.limit or 0.0),
         lambda: {
-            "N": columns, **constexprs, "FORMAT": problem.scheme.name, "BLOCK_M": config.block_m,
-            "BLOCK_N": config.block_n, "BLOCK_K": config.block_k, "GROUP_M": config.group_m,
-            "STAGES": config.num_stages, "num_warps": config.num_warps,
+            "N": columns, **constexprs, "FORMAT": problem.scheme.name, "SCALE_COLUMNS": problem.scheme.scale_columns,
+            "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k,
+            "GROUP_M": config.group_m, "STAGES": config.num_stages, "num_warps": config.num_warps,
         },
     )  # fmt: skip

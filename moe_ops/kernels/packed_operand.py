@@ -88,13 +88,13 @@ def stored(ptrs, stride_k, mask, step, block: gl.constexpr, K: gl.constexpr, SCA
     if UNITS:
         k += gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(2, BLOCK_LAYOUT))) * (COLUMNS // 4)
         group_ptrs = ptrs[:, None] + (k // SCALE_COLUMNS).to(gl.int64)[None, :] * stride_k
-        return _word(group_ptrs, mask[:, None] & (k < K)[None, :])
+        return word(group_ptrs, mask[:, None] & (k < K)[None, :])
     else:
-        return _word(ptrs + (k // SCALE_COLUMNS).to(gl.int64) * stride_k, mask & (k < K))
+        return word(ptrs + (k // SCALE_COLUMNS).to(gl.int64) * stride_k, mask & (k < K))
 
 
 @gluon.jit
-def _word(ptrs, mask):
+def word(ptrs, mask):
     """What is stored there, or 0; of fewer than 32 bits in an int32: two in a register would have to be waited for."""
     BITS: gl.constexpr = ptrs.dtype.element_ty.primitive_bitwidth
     if BITS == 32:

@@ -101,6 +101,13 @@ def pair_product(dtype) -> str:
 
 
 @triton.constexpr_function
+def pair_sum_of_products() -> str:
+    """PTX of $0 = $1 * $2 + $1 * $3, of bfloat16: $3 is what $2 is short of a factor of more bits."""
+    body = f".reg .b32 less; mov.b32 less, {_both(_MINUS_ZERO)}; fma.rn.bf16x2 less, $1, $3, less;"
+    return f"{{ {body} fma.rn.bf16x2 $0, $1, $2, less; }}"
+
+
+@triton.constexpr_function
 def load_code(bits: int) -> str:
     """PTX of $0 = the 8 or 16 bits at $1, or 0 where $2 is."""
     return f"{{ .reg .pred there; setp.ne.u32 there, $2, 0; mov.b32 $0, 0; @there ld.global.u{bits} $0, [$1]; }}"

@@ -30,27 +30,44 @@ def planes_kernel(
 
 @triton.jit
 def gather_planes_kernel(
-    x_ptr, out_ptr, sorted_routes_ptr, num_padded_ptr, num_routes, K, stride_xm, stride_xk, max_rows, stride_om,
-    TOP_K: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+    x_ptr, out_ptr, sorted_routes_ptr, num_padded_ptr, num_routes, K, stride_xm, stride_xk, stride_om,
+    TOP_K: tl.constexpr, PLANES: tl.constexpr, PART: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
-    """out[i, p, j] = x[token of sorted row p, 2 j + i]; a program: BLOCK columns of a plane, of a row. Padding is 0.
+    """out[p] = x[token of sorted row p], in parts of PART columns; a program: BLOCK columns of ROWS rows.
 
-    Plane i begins max_rows rows after the one before it. Rows past the last block are left as they are.
+    Column PLANES * j + i of a part is its column PART / PLANES * i + j in out. The last part ends with zeros; padding
+    rows are zeros, and those past the last block left as they are.
     """
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
-    num_j = tl.cdiv(K // 2, BLOCK)
-    row = tl.program_id(0) // num_j
-    if row < tl.load(num_padded_ptr):
-        route = tl.load(sorted_routes_ptr + row)
-        token = (route // TOP_K).to(tl.int64)
-        first = (tl.program_id(0) % num_j) * BLOCK
-        columns = 2 * first + tl.arange(0, 2 * BLOCK)
-        end = tl.where(route < num_routes, K, 0)
-        x = tl.load(x_ptr + token * stride_xm + columns.to(tl.int64) * stride_xk, mask=columns < end, other=0.0)
-        even, odd = x.reshape(BLOCK, 2).split()
-        place = first + tl.arange(0, BLOCK)
-        out_ptrs = out_ptr + row.to(tl.int64) * stride_om + place
-        tl.store(out_ptrs, even, mask=place < K // 2)
-        tl.store(out_ptrs + max_rows.to(tl.int64) * stride_om, odd, mask=place < K // 2)
+    end = tl.cdiv(K, PART) * PART
+    num_k = tl.cdiv(end, BLOCK)
+    first_row = tl.program_id(0) // num_k * ROWS
+    rows = first_row + tl.arange(0, ROWS)
+    # Both at once: what these loads wait for is most of the time.
+    num_padded = tl.load(num_padded_ptr)
+    routes = tl.load(sorted_routes_ptr + rows)
+    if first_row < num_padded:
+        first = tl.program_id(0) % num_k * BLOCK
+        columns = first + tl.arange(0, BLOCK)
+        x_ptrs = x_ptr + (routes // TOP_K).to(tl.int64)[:, None] * stride_xm
+        mask = (routes < num_routes)[:, None] & (columns < K)[None, :]
+        x = tl.load(x_ptrs + columns.to(tl.int64)[None, :] * stride_xk, mask=mask, other=0.0)
+        j = tl.arange(0, BLOCK // PLANES)
+        place = first + j // (PART // PLANES) * PART + j % (PART // PLANES)
+        out_ptrs = out_ptr + rows.to(tl.int64)[:, None] * stride_om + place[None, :]
+        # A thread stores the columns that it has loaded, a plane after the other.
+        mask = (place < end)[None, :]
+        even, odd = x.reshape(ROWS, BLOCK // 2, 2).split()
+        if PLANES == 2:
+            tl.store(out_ptrs, even, mask=mask)
+            tl.store(out_ptrs + PART // 2, odd, mask=mask)
+        else:
+            plane0, plane2 = even.reshape(ROWS, BLOCK // 4, 2).split()
+            plane1, plane3 = odd.reshape(ROWS, BLOCK // 4, 2).split()
+            tl.store(out_ptrs, plane0, mask=mask)
+            tl.store(out_ptrs + PART // 4, plane1, mask=mask)
+            tl.store(out_ptrs + PART // 2, plane2, mask=mask)
+            tl.store(out_ptrs + 3 * PART // 4, plane3, mask=mask)

@@ -1,5 +1,6 @@
 """Kernel variants: when each can run, when it is the best, and the tiles of the kernels for Hopper."""
 
+import math
 from dataclasses import replace
 
 from moe_ops.devices import Device
@@ -30,10 +31,9 @@ _PACKED_FEW_ROWS = 4
 _PACKED_STEP, _PACKED_WEIGHTS, _PACKED_GROUPS, _SIDE, _CODES = 256, 64, (32, 64, 128), 8, 4
 # Most stages that fit with 32 rows.
 _PACKED_STAGES = 8
-# Rows an expert can expect up to which variant "mixed" has row blocks of 64. Not measured.
-_MIXED_FEW_ROWS = 96
-# Int8 weights that are read at once.
-_MIXED_CODES = 2
+# Rows an expert can expect above which variant "mixed" is ahead, and up to which its row blocks are of 64.
+_MIXED_ROWS = {"int8_w8a16": 16, "int4_w4a16": 20, "mxfp4_w4a16": 16}
+_MIXED_FEW_ROWS = 48
 # Rows an expert can expect above which the block-scaled kernel's row block is 128: less traffic, but more padding.
 _BLOCKSCALED_SPLIT_ROWS = 400
 
@@ -58,6 +58,9 @@ def choose_variant(problem: Problem, device: Device, path: str, *, batch_invaria
         for variant in ("pingpong", "blockscaled"):
             if variant_obstacle(variant, problem, device, path) is None:
                 return variant
+    many = expected_rows(problem) > _MIXED_ROWS.get(problem.scheme.name, math.inf)
+    if many and variant_obstacle("mixed", problem, device, path) is None:
+        return "mixed"
     if expected_rows(problem) <= _PACKED_ROWS and variant_obstacle("packed", problem, device, path) is None:
         return "packed"
     return "sorted"
@@ -120,15 +123,18 @@ def packed_obstacle(problem: Problem, device: Device) -> str | None:
 
 
 def mixed_obstacle(problem: Problem, device: Device) -> str | None:
-    """Why the kernel for int8 weights beside 16-bit rows cannot run a call on the TMA path; None if it can."""
+    """Why the kernel for 8- or 4-bit weights beside 16-bit rows cannot run a call on the TMA path; None if it can."""
     scheme = problem.scheme
-    if scheme.name != "int8_w8a16":
-        return f"quantization is {scheme.name!r}, and it multiplies the int8 weights of 'int8_w8a16'"
-    if scheme.scale_columns or scheme.zero_points:
-        return "the weights have scales of groups, or zero points, and it applies scales to whole rows, after the sum"
+    if not scheme.weights_only:
+        return f"quantization is {scheme.name!r}, and it multiplies 8- or 4-bit weights by 16-bit rows"
+    if scheme.scale_columns not in (0, *_PACKED_GROUPS):
+        return f"a scale is of {scheme.scale_columns} columns, and it takes rows or groups of {_listed(_PACKED_GROUPS)}"
+    if scheme.zero_points and not scheme.packed:
+        return "8-bit weights have zero points, and it has registers for those of 4-bit ones"
+    codes = 2 * scheme.planes
     for name, size in (("H", problem.hidden_size), ("I", problem.intermediate_size)):
-        if size % _MIXED_CODES:
-            return f"{name} is {size}, not a multiple of {_MIXED_CODES}, the weights of 16 bits"
+        if size % codes:
+            return f"{name} is {size}, not a multiple of {codes}, the weights of 16 bits"
     return _two_bytes_obstacle(problem) or _gluon_obstacle(problem, device)
 
 
@@ -226,11 +232,14 @@ def packed_tiles(problem: Problem, device: Device) -> tuple[TileConfig, TileConf
 def mixed_tiles(problem: Problem, block_m: int | None = None) -> tuple[TileConfig, TileConfig]:
     """(up, down): two consumers, with 128 rows and 128 rows of weights each, and the stages that then fit.
 
-    With few rows an expert 64 of them: less padding, and more stages.
+    With few rows an expert 64 of them, and longer steps: less padding, and whole lines of weights from memory.
     """
     if block_m is None:
         block_m = 64 if expected_rows(problem) <= _MIXED_FEW_ROWS else 128
-    down = TileConfig(block_m, 128, 64, 8, 4, 6 if block_m == 64 else 4, True)
+    if block_m == 64:
+        down = TileConfig(64, 128, 128, 8, 4, 4 if problem.scheme.packed else 3, True)
+    else:
+        down = TileConfig(block_m, 128, 64, 8, 4, 4, True)
     return (replace(down, block_n=64) if problem.activation.gated else down), down
 
 

@@ -103,6 +103,8 @@ QUANTIZED_CASES = {
     "mixed-int8": Case(
         "tma", "mixed", (2048, 1500), quantized={"quantization": "int8_w8a16", "granularity": "channel"}
     ),
+    "mixed-int4": Case("tma", "mixed", (2048, 1500), quantized={"quantization": "int4_w4a16", "block_shape": (0, 128)}),
+    "mixed-mxfp4": Case("tma", "mixed", (2048, 300), quantized={"quantization": "mxfp4_w4a16"}),
     "sorted-int4": Case("tma", "sorted", (64, 77), quantized={"quantization": "int4_w4a16", "block_shape": (0, 128)}),
     "sorted-mxfp4": Case("tma", "sorted", (64, 77), quantized={"quantization": "mxfp4_w4a16"}),
     "direct-fp8": Case("tma", "direct", (1, 3), quantized={"quantization": "fp8_w8a8", "block_shape": (128, 128)}),

@@ -26,8 +26,8 @@ LARGE = {"max_tokens": 4096, "max_size": 1024, "max_experts": 64}
 FEW = {"max_tokens": 16, "max_size": 1024}
 ROWS = formats(("fp8_w8a8",), blocks=False)
 BLOCKS = formats(("fp8_w8a8",), blocks=True)
-INT8 = formats(("int8_w8a16",))
 PACKED = formats(("int4_w4a16", "mxfp4_w4a16"))
+WEIGHTS = formats(("int8_w8a16", "int4_w4a16", "mxfp4_w4a16"))
 GLUON = ("pingpong", "blockscaled", "packed", "mixed")
 CASES = {
     "classic": ("sorted", calls(tma=False, dtypes=(*HALF, torch.float32), **LARGE)),
@@ -41,7 +41,7 @@ CASES = {
     "quantized_pingpong": ("pingpong", calls(dtypes=HALF, quantized=ROWS, **LARGE)),
     "quantized_blockscaled": ("blockscaled", calls(dtypes=HALF, quantized=BLOCKS, **LARGE)),
     "quantized_packed": ("packed", calls(dtypes=HALF, quantized=PACKED, **LARGE)),
-    "quantized_mixed": ("mixed", calls(dtypes=HALF, quantized=INT8, **LARGE)),
+    "quantized_mixed": ("mixed", calls(dtypes=HALF, quantized=WEIGHTS, **LARGE)),
 }
 
 

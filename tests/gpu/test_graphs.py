@@ -21,6 +21,7 @@ RUNS = [
     ("fp8_channel", "tma", "pingpong"),
     ("fp8_block", "tma", "blockscaled"),
     ("int8_weights", "tma", "mixed"),
+    ("mxfp4", "tma", "mixed"),
 ]
 
 

@@ -94,7 +94,8 @@ def test_option_of_the_prefill_kernels(name, option):
 
 
 @pytest.mark.parametrize(
-    ("path", "variant"), [("classic", "sorted"), ("tma", "sorted"), ("classic", "direct"), ("tma", "packed")]
+    ("path", "variant"),
+    [("classic", "sorted"), ("tma", "sorted"), ("classic", "direct"), ("tma", "packed"), ("tma", "mixed")],
 )
 @pytest.mark.parametrize("quantization", ["int4_w4a16", "mxfp4_w4a16"])
 @DTYPES
@@ -106,7 +107,7 @@ def test_every_code_in_every_place(quantization, path, variant, dtype):
 
 
 @pytest.mark.parametrize("num_tokens", [8, 16, 64])
-@pytest.mark.parametrize("variant", ["sorted", "packed"])
+@pytest.mark.parametrize("variant", ["sorted", "packed", "mixed"])
 def test_every_scale_of_mxfp4(variant, num_tokens):
     args, expected = every_scale_case("cuda", num_tokens)
     skip_unless_it_runs(args, "tma", variant)

@@ -19,7 +19,7 @@ from moe_ops.backends.pingpong import descriptor
 from moe_ops.cli.measure import own_call
 from moe_ops.kernels.compat import tma_load, tma_store
 from moe_ops.problem import make_problem
-from moe_ops.testing import assert_correct, assert_exact, override, poisoned_memory, random_inputs
+from moe_ops.testing import assert_correct, assert_exact, emulate, override, poisoned_memory, random_inputs
 from moe_ops.testing.hopper import describe_hopper, hopper
 from moe_ops.testing.hopper.machine import HopperError
 from moe_ops.testing.sanitizer import sanitized
@@ -29,7 +29,14 @@ from tests.amount import ALL, params
 from tests.cases import OPTIONS, option_case, run
 from tests.fuzz import drawing
 from tests.interp.test_fuzz import EXAMPLES
-from tests.quantized import FORMATS, check_every_scale, every_scale_case, one_hot_case, quantized_case
+from tests.quantized import (
+    FORMATS,
+    check_every_scale,
+    every_scale_case,
+    fine_scales_case,
+    one_hot_case,
+    quantized_case,
+)
 
 HALF = (torch.bfloat16, torch.float16)
 KERNELS = ("pingpong", "blockscaled", "packed", "mixed")
@@ -89,6 +96,7 @@ OPTIONS_OF_FORMATS = ("biases_interleaved", "router_weight_on_input", "swigluoai
                 ("fp8_block", "blockscaled"),
                 ("int4_zero_points", "packed"),
                 ("int8_weights", "mixed"),
+                ("int4_zero_points", "mixed"),
             )
             for option in OPTIONS_OF_FORMATS
         ],
@@ -96,6 +104,7 @@ OPTIONS_OF_FORMATS = ("biases_interleaved", "router_weight_on_input", "swigluoai
             ("fp8_block", "blockscaled", "silu_no_gate"),
             ("int4_zero_points", "packed", "router_weight_on_input"),
             ("int8_weights", "mixed", "biases_interleaved"),
+            ("int4_zero_points", "mixed", "biases_interleaved"),
             ("int8_weights", "mixed", "silu_no_gate"),
         ],
     ),
@@ -115,15 +124,17 @@ def test_tiles_of_packed(block_m, splits):
     assert_correct(emulated(args, "packed", config=config, splits=splits), args)
 
 
+@pytest.mark.parametrize("variant", ["packed", "mixed"])
 @pytest.mark.parametrize("quantization", ["int4_w4a16", "mxfp4_w4a16"])
-def test_every_code_in_every_place(quantization):
+def test_every_code_in_every_place(quantization, variant):
     args = one_hot_case(quantization, torch.bfloat16, num_tokens=16)
-    assert_exact(emulated(args, "packed"), args)
+    assert_exact(emulated(args, variant), args)
 
 
-def test_every_scale_of_mxfp4():
+@pytest.mark.parametrize("variant", ["packed", "mixed"])
+def test_every_scale_of_mxfp4(variant):
     with hopper():
-        check_every_scale(*every_scale_case("cpu", 8), "packed")
+        check_every_scale(*every_scale_case("cpu", 8), variant)
 
 
 @pytest.mark.parametrize(("sizes", "num_sms"), [((64, 64), 3), ((8, 16), 1), ((520, 360), 3)], ids=str)
@@ -149,22 +160,56 @@ def test_the_order_of_things_changes_nothing(variant, name):
         assert torch.equal(emulated(args, variant, seed=seed), out)
 
 
-def test_rows_of_128_beside_int8_weights():
-    """As many as a block of experts with many rows; the last K step is half a step."""
-    args = quantized_case("int8_weights", torch.float16, num_tokens=100, hidden=224, intermediate=96, bias=True)
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    params(
+        [("int8_weights", torch.float16), *(("mxfp4", d) for d in HALF), *(("int4_zero_points", d) for d in HALF)],
+        [("int8_weights", torch.float16), ("mxfp4", torch.bfloat16)],
+    ),
+    ids=str,
+)
+def test_rows_of_128_beside_few_bits(name, dtype):
+    """As many as a block of experts with many rows; a block that is used to its half, and one that is used whole."""
+    args = quantized_case(name, dtype, num_tokens=100, hidden=224, intermediate=96, bias=True, experts=2, top_k=1)
+    args.topk_ids = (torch.arange(100)[:, None] < 40).to(args.topk_ids.dtype)
     config = tuple(TileConfig(128, columns, 64, 8, 4, 4, True) for columns in (64, 128))
     assert_correct(emulated(args, "mixed", config=config), args)
 
 
+@pytest.mark.parametrize("name", ["int8_weights", "int4"])
+def test_columns_that_do_not_exist_stay_zeros(name):
+    """Infinity times the zeros behind the last column of act would be no number, and with it all of the result."""
+    args = quantized_case(name, torch.bfloat16, num_tokens=4, intermediate=160)
+    middle = 1 if name == "int8_weights" else 0x99
+    args.w1, args.w2 = torch.full_like(args.w1, middle), torch.full_like(args.w2, middle)
+    args.hidden_states[:] = torch.inf
+    assert (emulated(args, "mixed") == torch.inf).all()
+
+
+def test_scales_that_bfloat16_does_not_hold():
+    """They become two numbers, whose sum they are."""
+    args = fine_scales_case(num_tokens=16)
+    assert torch.equal(emulated(args, "mixed"), emulate(args))
+
+
+@pytest.mark.parametrize("scale", [torch.inf, -torch.inf, torch.nan, 3.4e38])
+def test_scales_without_a_rest(scale):
+    """Of infinity, and of what bfloat16 rounds to it, there is none; else all would be no number."""
+    args = one_hot_case("int4_w4a16", torch.bfloat16, num_tokens=16)
+    args.w1_scale = torch.full_like(args.w1_scale, scale)
+    torch.testing.assert_close(emulated(args, "mixed"), emulate(args), rtol=0, atol=0, equal_nan=True)
+
+
 def test_gathered_rows_are_in_bounds():
     """Padding rows have no token: they are not read, and there is nothing behind the last one."""
-    args = quantized_case("int8_weights", torch.bfloat16, hidden=224)
-    with sanitized() as report:
-        assert_correct(emulated(args, "mixed"), args)
-    assert report.launches["gather_planes_kernel"] == 1
+    for name in ("int8_weights", "int4"):
+        args = quantized_case(name, torch.bfloat16, hidden=224)
+        with sanitized() as report:
+            assert_correct(emulated(args, "mixed"), args)
+        assert report.launches["gather_planes_kernel"] == 1
 
 
-def test_bench_times_a_variant_that_no_call_takes_by_itself():
+def test_bench_times_a_variant_by_its_name():
     args = quantized_case("int8_weights", torch.bfloat16)
     with hopper() as launches:
         assert_correct(own_call(args, "mixed")(), args)
@@ -185,7 +230,7 @@ DRAWN = {
     "pingpong quantized": calls(quantized=formats(("fp8_w8a8",), blocks=False), **SMALL),
     "blockscaled": calls(quantized=formats(("fp8_w8a8",), blocks=True), **SMALL),
     "packed": calls(quantized=formats(("int4_w4a16", "mxfp4_w4a16")), **SMALL),
-    "mixed": calls(quantized=formats(("int8_w8a16",)), **SMALL),
+    "mixed": calls(quantized=formats(("int8_w8a16", "int4_w4a16", "mxfp4_w4a16")), **SMALL),
 }
 
 

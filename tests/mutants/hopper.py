@@ -153,25 +153,52 @@ HOPPER_MUTATIONS = [
         "mixed int8",
     ),
     Mutation(
-        "mixed_bytes_of_one_plane", "mixed", "2 * STEP * (ROWS + PLANES * BLOCK_M)", "2 * STEP * (ROWS + BLOCK_M)",
-        "a stage counts as full before its last plane of rows is there", "mixed int8",
+        "mixed_bytes_of_the_weights", "mixed", "2 * (WIDTH * ROWS + PARTS * COLUMNS * BLOCK_M)", "2 * WIDTH * ROWS",
+        "a stage counts as full before its rows are there", "mixed int8",
     ),
     Mutation(
-        "mixed_rows_of_the_other_plane", "mixed", "rows_smem.index(PLANES * place + 1)",
-        "rows_smem.index(PLANES * place)", "odd columns of the weights are multiplied with even ones of the rows",
+        "mixed_rows_of_the_other_plane", "mixed", ".slice(plane * WIDTH, WIDTH, dim=1)",
+        ".slice((plane ^ 1) * WIDTH, WIDTH, dim=1)",
+        "odd columns of the weights are multiplied with even ones of the rows",
         "mixed int8",
     ),
     Mutation(
-        "mixed_numbers_of_this_step", "mixed", "following = gl.where(more, FIRST + stage, place)", "following = place",
-        "even columns of a step are multiplied with those of the next one", "mixed int8",
+        "mixed_numbers_of_this_step", "mixed", "source = gl.where(more, FIRST + stage, place)", "source = place",
+        "a part's first columns are multiplied with those of the next step", "mixed int8",
     ),
     Mutation(
-        "mixed_scales_of_the_gate", "mixed", "if INTERLEAVED else half * N + columns", "if INTERLEAVED else columns",
+        "mixed_scales_of_the_gate", "mixed_operand", "if INTERLEAVED else half * N + column",
+        "if INTERLEAVED else column",
         "up by the scales and the bias of the gate", "mixed int8",
     ),
     Mutation(
-        "mixed_act_in_the_other_order", "mixed", "y.reshape((WIDTH, PLANES, BLOCK_M)).permute((1, 2, 0))",
-        "y.reshape((PLANES, WIDTH, BLOCK_M)).permute((0, 2, 1))", "act in halves in the place of planes", "mixed int8",
+        "mixed_act_in_its_own_order", "mixed", "    if PLANES > 1:\n", "    if PLANES > 4:\n",
+        "the columns of act are not in planes", "mixed int8",
+    ),
+    Mutation(
+        "mixed_half_of_a_full_block", "mixed", "block_m * BLOCK_M + BLOCK_M // 2)", "block_m * BLOCK_M + BLOCK_M - 1)",
+        "a block counts as half empty when its last row is padding", "mixed full blocks",
+    ),
+    Mutation(
+        "mixed_one_scale_of_two", "mixed_operand", "* (COLUMNS // GROUPS)", "* 0",
+        "both groups of a part have the scale of the first", "mixed mxfp4",
+    ),
+    Mutation(
+        "mixed_scales_of_the_next_part", "mixed", "there, COLUMNS, K, SCALE_COLUMNS, GROUP)\n        if HAS_ZERO",
+        "there, 2 * COLUMNS, K, SCALE_COLUMNS, GROUP)\n        if HAS_ZERO",
+        "the second part has the scales of the third", "mixed mxfp4",
+    ),
+    Mutation(
+        "mixed_zero_point_of_the_other_row", "mixed_operand", "(words >> (4 * odd)[:, None])",
+        "(words >> (4 - 4 * odd)[:, None])", "rows take each other's zero points", "mixed int4_zero_points",
+    ),
+    Mutation(
+        "mixed_scale_of_few_bits", "mixed_operand", "rest = gl.where(rest - rest == 0.0, rest, 0.0)",
+        "rest = gl.where(rest - rest == 0.0, 0.0, 0.0)", "scales are rounded to bfloat16", "mixed fine scales",
+    ),
+    Mutation(
+        "mixed_zeros_times_infinity", "mixed", "if ACTIVATION is not None and N % COLUMNS:", "if N < 0:",
+        "columns that do not exist are no numbers beside infinities", "mixed infinite",
     ),
 ]
 RACES = [
@@ -226,9 +253,14 @@ RACES = [
     ),
     Mutation(
         "mixed_stage_given_back_too_early", "mixed",
-        "acc = warpgroup_mma_wait(0, deps=(acc,))\n            mbarrier.arrive(empty.index(place), count=1)\n",
-        "mbarrier.arrive(empty.index(place), count=1)\n            acc = warpgroup_mma_wait(0, deps=(acc,))\n",
+        "acc = warpgroup_mma_wait(0, deps=(acc,))\n        mbarrier.arrive(empty.index(place), count=1)\n",
+        "mbarrier.arrive(empty.index(place), count=1)\n        acc = warpgroup_mma_wait(0, deps=(acc,))\n",
         "a stage is filled while wgmma may read it", "mixed many K steps",
+    ),
+    Mutation(
+        "mixed_box_without_a_fence", "mixed", "    fence_async_shared()\n    block_barrier()\n    for i in",
+        "    for i in",
+        "TMA may store what was there before the box", "mixed int8",
     ),
 ]
 # fmt: on

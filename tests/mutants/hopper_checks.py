@@ -12,10 +12,11 @@ import torch
 from torch.nn import functional
 
 from moe_ops.arguments import Arguments
-from moe_ops.testing import assert_correct, override, poisoned_memory
+from moe_ops.testing import assert_correct, emulate, override, poisoned_memory
 from moe_ops.testing.hopper import hopper
+from moe_ops.tuning import TileConfig
 from tests.cases import option_case, run
-from tests.quantized import check_every_scale, every_scale_case, quantized_case
+from tests.quantized import check_every_scale, every_scale_case, fine_scales_case, quantized_case
 
 EMULATED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if EMULATED else "cuda"
@@ -59,16 +60,42 @@ def packed(name: str, splits: int = 1, **sizes) -> None:
     over_and_over(quantized_case(name, torch.bfloat16, DEVICE, **sizes), variant="packed", splits=splits)
 
 
-def mixed(**sizes) -> None:
-    """int8 weights beside 16-bit rows."""
+def mixed(name: str, **sizes) -> None:
+    """A format of weights beside 16-bit rows."""
     sizes = {"num_tokens": 60 if EMULATED else 700, "hidden": 288, "intermediate": 160, "bias": True} | sizes
-    over_and_over(quantized_case("int8_weights", torch.bfloat16, DEVICE, **sizes), variant="mixed")
+    over_and_over(quantized_case(name, torch.bfloat16, DEVICE, **sizes), variant="mixed")
 
 
-def every_scale() -> None:
+def mixed_full_blocks() -> None:
+    """Row blocks of 128 with one row less, with half of them, and with one row."""
+    args = quantized_case("int8_weights", torch.bfloat16, DEVICE, num_tokens=192, experts=3, top_k=1)
+    args.topk_ids = ((torch.arange(192, device=DEVICE) >= 127) + (torch.arange(192, device=DEVICE) >= 191))[
+        :, None
+    ].int()
+    config = tuple(TileConfig(128, columns, 64, 8, 4, 4, True) for columns in (64, 128))
+    over_and_over(args, variant="mixed", config=config)
+
+
+def mixed_fine_scales() -> None:
+    """Scales that bfloat16 does not hold, exactly."""
+    args = fine_scales_case(DEVICE, 16)
+    with machine(), override(path="tma", variant="mixed"):
+        assert torch.equal(run(args), emulate(args))
+
+
+def mixed_infinite() -> None:
+    """Infinite rows, and columns of act that do not exist."""
+    args = quantized_case("int4", torch.bfloat16, DEVICE, num_tokens=4, intermediate=160)
+    args.w1, args.w2 = torch.full_like(args.w1, 0x99), torch.full_like(args.w2, 0x99)
+    args.hidden_states[:] = torch.inf
+    with machine(), override(path="tma", variant="mixed"):
+        assert (run(args) == torch.inf).all()
+
+
+def every_scale(variant: str) -> None:
     """All scales of mxfp4, exactly."""
     with machine():
-        check_every_scale(*every_scale_case(DEVICE, 8), "packed")
+        check_every_scale(*every_scale_case(DEVICE, 8), variant)
 
 
 def many(num_tokens: int) -> int:
@@ -96,15 +123,21 @@ KINDS = (
         "packed int4": partial(packed, "int4"),
         "packed int4_zero_points": partial(packed, "int4_zero_points"),
         "packed mxfp4": partial(packed, "mxfp4"),
-        "packed every scale": every_scale,
+        "packed every scale": partial(every_scale, "packed"),
         "packed in parts": partial(packed, "int4", splits=2, num_tokens=3, intermediate=1184),
         "packed many K steps": partial(
             packed, "mxfp4", num_tokens=many(300), hidden=2048, intermediate=160 if EMULATED else 1184
         ),
     },
     {
-        "mixed int8": mixed,
-        "mixed interleaved": partial(mixed, gate_up_layout="interleaved"),
-        "mixed many K steps": partial(mixed, num_tokens=many(3000), hidden=1040, intermediate=1104),
+        "mixed int8": partial(mixed, "int8_weights"),
+        "mixed interleaved": partial(mixed, "int8_weights", gate_up_layout="interleaved"),
+        "mixed int4_zero_points": partial(mixed, "int4_zero_points"),
+        "mixed mxfp4": partial(mixed, "mxfp4"),
+        "mixed every scale": partial(every_scale, "mixed"),
+        "mixed full blocks": mixed_full_blocks,
+        "mixed fine scales": mixed_fine_scales,
+        "mixed infinite": mixed_infinite,
+        "mixed many K steps": partial(mixed, "int8_weights", num_tokens=many(3000), hidden=1040, intermediate=1104),
     },
 )
