@@ -113,7 +113,7 @@ note() {
 
 ((dry)) || mkdir -p "$folder" || die "$folder is no folder and cannot be made"
 bench=("$PYTHON" -m moe_ops bench --json RESULT --rounds 7)
-few=(--shape mixtral-8x7b --shape gpt-oss-20b --tokens 1,4,16,64,256,2048)
+few=(--shape mixtral-8x7b --shape gpt-oss-20b --tokens 1,4,16,64,256,1024,2048,16384)
 rounds=(--rounds 7) host=() model=() ranks=() skew=(--tokens "256,4096") topk=() proof=(--seconds 150)
 demo=(examples/generate.py --seconds 20) tiles=(--common --variant heuristic --variant tuned)
 peers=benchmarks/results/2026-11-22-h200-peers
@@ -135,6 +135,7 @@ all_steps() {
     step fp8-block 90 1 "${bench[@]}" --format fp8_block --variant tma --stages
     step fp8-channel 90 1 "${bench[@]}" --format fp8_channel --variant tma --stages
     step skew-bf16 60 1 "${bench[@]}" --variant tma "${skew[@]}" --routing uniform --routing zipf --routing one --routing sparse
+    step weights-bf16 60 1 "${bench[@]}" --variant tma "${few[@]}"
     step int8-weights 60 1 "${bench[@]}" --format int8_weights --variant tma "${few[@]}"
     step int4 60 1 "${bench[@]}" --format int4 --variant tma "${few[@]}"
     step mxfp4 60 1 "${bench[@]}" --format mxfp4 --variant tma "${few[@]}"

@@ -1,7 +1,7 @@
 """Launches of the mixed-input kernel: 8- or 4-bit weights beside 16-bit rows, many rows an expert, on Hopper.
 
-They take the place of the pipeline's own two GEMMs where `tuning.variants.mixed_obstacle` sees none. Rows are gathered
-once a call, their columns in planes within parts of 64; they end with zeros up to whole parts.
+They take the place of the pipeline's own two GEMMs where `tuning.variants.mixed_obstacle` sees none. Hidden states are
+copied to the sorted rows once a call, columns in planes within parts of 64; a row ends with zeros up to whole parts.
 """
 
 from torch import Tensor
@@ -21,12 +21,12 @@ from moe_ops.backends.launch import (
 from moe_ops.dispatch import Plan
 from moe_ops.kernels.mixed import mixed_kernel
 from moe_ops.kernels.mixed_operand import COLUMNS, ROWS
-from moe_ops.kernels.planes import gather_planes_kernel
+from moe_ops.kernels.planes import scatter_planes_kernel
 from moe_ops.problem import Arguments, Problem
 from moe_ops.routing import Routing
 
-# Of a program that gathers rows.
-_GATHER_ROWS, _GATHER_COLUMNS = 4, 1024
+# Of a program that copies rows.
+_SCATTER_ROWS, _SCATTER_COLUMNS = 4, 1024
 # Rows of a box of a result, of which a tile with few rows has one.
 _BOX_ROWS = 64
 
@@ -36,23 +36,22 @@ def empty(like: Tensor, columns: int, problem: Problem, plan: Plan) -> Tensor:
     return like.new_empty((plan.max_rows, plan.part_width(columns)), dtype=problem.dtype)
 
 
-def gather(x: Tensor, rows: Tensor, problem: Problem, plan: Plan, routing: Routing) -> None:
-    """Writes the hidden states of the sorted rows, in planes; padding rows are zeros.
+def scatter(x: Tensor, rows: Tensor, problem: Problem, plan: Plan, routing: Routing) -> None:
+    """Writes the hidden states to the rows of their routes, in planes; padding rows stay as they are.
 
     Args:
         x: the hidden states, [M, H], any strides.
-        rows: from `empty`; written up to the last row block.
+        rows: from `empty`; written.
         problem: the call.
         plan: of variant "mixed".
         routing: the sorted routes, blocks of `plan.block_m`.
     """
-    block = max(COLUMNS.value, min(_GATHER_COLUMNS, next_power_of_2(rows.shape[1])))
+    block = max(COLUMNS.value, min(_SCATTER_COLUMNS, next_power_of_2(rows.shape[1])))
     Launcher(plan.kernels)(
-        "planes", gather_planes_kernel, plan.max_rows // _GATHER_ROWS * cdiv(rows.shape[1], block),
-        (x, rows, routing.sorted_routes, routing.num_padded, problem.num_routes, problem.hidden_size, *x.stride(),
-         rows.stride(0)),
+        "planes", scatter_planes_kernel, cdiv(problem.num_tokens, _SCATTER_ROWS) * cdiv(rows.shape[1], block),
+        (x, rows, routing.inverse, problem.num_tokens, problem.hidden_size, *x.stride(), rows.stride(0)),
         lambda: {
-            "TOP_K": problem.top_k, "PLANES": plan.planes, "PART": COLUMNS.value, "ROWS": _GATHER_ROWS, "BLOCK": block,
+            "TOP_K": problem.top_k, "PLANES": plan.planes, "PART": COLUMNS.value, "ROWS": _SCATTER_ROWS, "BLOCK": block,
             "num_warps": 4, **dependent(plan),
         },
     )  # fmt: skip
@@ -69,7 +68,7 @@ def up(args: Arguments, problem: Problem, plan: Plan, routing: Routing, progress
         routing: the sorted routes, blocks of `plan.block_m`.
         progress: int32, zero: counts the tiles that have been loaded; see `kernels.persistent.keep_step`.
         router_weights: [M, top_k], contiguous.
-        x: the gathered rows in planes, from `gather`.
+        x: the sorted rows in planes, from `scatter`.
         act: from `empty`, in planes; written, padding rows included.
     """
     sides, interleaved = (2 if problem.activation.gated else 1), problem.gate_up_layout == "interleaved"

@@ -98,7 +98,7 @@ def stages(args: Arguments, problem: Problem, plan: Plan, out: Tensor, describe:
             quantize.inputs(args, problem, plan, x)
             yield "quantize"
         if plan.variant == "mixed":
-            x = _gathered(args, problem, plan, routing)
+            x = _scattered(args, problem, plan, routing)
             yield "planes"
         elif plan.planes > 1:
             planes.fill(args.hidden_states, x.values, plan)
@@ -221,12 +221,12 @@ def _packed_down(args, problem: Problem, plan: Plan, _, routing: Routing, __, ac
     packed.down(args, problem, plan, routing, act.values, rows)
 
 
-def _gathered(args, problem: Problem, plan: Plan, routing: Routing) -> ScaledRows:
+def _scattered(args, problem: Problem, plan: Plan, routing: Routing) -> ScaledRows:
     """The hidden states of the sorted rows, in planes."""
     from moe_ops.backends import mixed
 
     rows = mixed.empty(args.hidden_states, problem.hidden_size, problem, plan)
-    mixed.gather(args.hidden_states, rows, problem, plan, routing)
+    mixed.scatter(args.hidden_states, rows, problem, plan, routing)
     return ScaledRows(rows)
 
 

@@ -1,6 +1,6 @@
 """The up and the down GEMM of experts of 8- or 4-bit weights beside 16-bit rows, many rows each, on Hopper (sm_90).
 
-Rows come sorted, their columns in the order in which they are multiplied (`kernels.planes.gather_planes_kernel`).
+Rows come sorted, their columns in the order in which they are multiplied (`kernels.planes.scatter_planes_kernel`).
 Weights go from shared memory into registers, become pairs of bfloat16 or float16 there (`kernels.mixed_operand`), and
 are the tall operand of wgmma, which takes them from there; the rows are the other one. So what is computed is out^T: a
 tile has BLOCK_M rows and two halves of 64 rows of weights, gate and up or neighbours.
@@ -25,7 +25,7 @@ Scales of rows multiply the sums. Those of groups of columns multiply the number
 
 Tails. K: both sides have zeros past the last column. N: rows of weights past the last one are zeros (past the gate's
 too), the columns of act that they would be are stored as zeros, those of the result clipped by the TMA store. Rows:
-padding rows are zeros; of those that are multiplied the result is stored.
+padding rows are whatever they are, and so is what becomes of them, which nobody reads.
 """
 
 import triton

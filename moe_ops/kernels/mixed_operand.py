@@ -2,7 +2,7 @@
 
 For `kernels.mixed`, whose head has the form of a tile. A part is COLUMNS columns of K. An element of 16 bits has PLANES
 codes, of columns side by side; code i of all elements of a part is plane i, and rows have their columns in that order
-(`planes.gather_planes_kernel`).
+(`planes.scatter_planes_kernel`).
 """
 
 import triton

@@ -29,44 +29,41 @@ def planes_kernel(
 
 
 @triton.jit
-def gather_planes_kernel(
-    x_ptr, out_ptr, sorted_routes_ptr, num_padded_ptr, num_routes, K, stride_xm, stride_xk, stride_om,
+def scatter_planes_kernel(
+    x_ptr, out_ptr, inverse_ptr, M, K, stride_xm, stride_xk, stride_om,
     TOP_K: tl.constexpr, PLANES: tl.constexpr, PART: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
-    """out[p] = x[token of sorted row p], in parts of PART columns; a program: BLOCK columns of ROWS rows.
+    """out[inverse[m, k]] = x[m], in parts of PART columns; a program: BLOCK columns of ROWS tokens.
 
-    Column PLANES * j + i of a part is its column PART / PLANES * i + j in out. The last part ends with zeros; padding
-    rows are zeros, and those past the last block left as they are.
+    Column PLANES * j + i of a part is its column PART / PLANES * i + j in out. The last part ends with zeros; rows
+    without a route are left as they are. A token is read once, however many routes it has.
     """
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
     end = tl.cdiv(K, PART) * PART
     num_k = tl.cdiv(end, BLOCK)
-    first_row = tl.program_id(0) // num_k * ROWS
-    rows = first_row + tl.arange(0, ROWS)
-    # Both at once: what these loads wait for is most of the time.
-    num_padded = tl.load(num_padded_ptr)
-    routes = tl.load(sorted_routes_ptr + rows)
-    if first_row < num_padded:
-        first = tl.program_id(0) % num_k * BLOCK
-        columns = first + tl.arange(0, BLOCK)
-        x_ptrs = x_ptr + (routes // TOP_K).to(tl.int64)[:, None] * stride_xm
-        mask = (routes < num_routes)[:, None] & (columns < K)[None, :]
-        x = tl.load(x_ptrs + columns.to(tl.int64)[None, :] * stride_xk, mask=mask, other=0.0)
-        j = tl.arange(0, BLOCK // PLANES)
-        place = first + j // (PART // PLANES) * PART + j % (PART // PLANES)
-        out_ptrs = out_ptr + rows.to(tl.int64)[:, None] * stride_om + place[None, :]
-        # A thread stores the columns that it has loaded, a plane after the other.
-        mask = (place < end)[None, :]
-        even, odd = x.reshape(ROWS, BLOCK // 2, 2).split()
+    tokens = (tl.program_id(0) // num_k).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    first = tl.program_id(0) % num_k * BLOCK
+    columns = first + tl.arange(0, BLOCK)
+    x_ptrs = x_ptr + tokens[:, None] * stride_xm + columns.to(tl.int64)[None, :] * stride_xk
+    x = tl.load(x_ptrs, mask=(tokens < M)[:, None] & (columns < K)[None, :], other=0.0)
+    # A thread stores the columns that it has loaded, a plane after the other.
+    even, odd = x.reshape(ROWS, BLOCK // 2, 2).split()
+    if PLANES == 4:
+        plane0, plane2 = even.reshape(ROWS, BLOCK // 4, 2).split()
+        plane1, plane3 = odd.reshape(ROWS, BLOCK // 4, 2).split()
+    j = tl.arange(0, BLOCK // PLANES)
+    place = first + j // (PART // PLANES) * PART + j % (PART // PLANES)
+    for k in range(TOP_K):
+        rows = tl.load(inverse_ptr + tokens * TOP_K + k, mask=tokens < M, other=-1).to(tl.int64)
+        out_ptrs = out_ptr + rows[:, None] * stride_om + place[None, :]
+        mask = (rows >= 0)[:, None] & (place < end)[None, :]
         if PLANES == 2:
             tl.store(out_ptrs, even, mask=mask)
             tl.store(out_ptrs + PART // 2, odd, mask=mask)
         else:
-            plane0, plane2 = even.reshape(ROWS, BLOCK // 4, 2).split()
-            plane1, plane3 = odd.reshape(ROWS, BLOCK // 4, 2).split()
             tl.store(out_ptrs, plane0, mask=mask)
             tl.store(out_ptrs + PART // 4, plane1, mask=mask)
             tl.store(out_ptrs + PART // 2, plane2, mask=mask)
