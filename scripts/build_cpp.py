@@ -22,6 +22,9 @@ LIBRARY_SOURCES = (
     "fused_moe_cuda.cpp",
 )  # fmt: skip
 WARNINGS = ("-Wall", "-Wextra")
+# A compiler may link libstdc++ in, and torch has brought another: what is in an archive stays inside, or locales of one
+# meet streams of the other.
+ARCHIVES = "-Wl,--exclude-libs,ALL"
 # The oldest torch that the library loads into, 2.11, whatever version it is built with.
 TARGET_VERSION = "-DTORCH_TARGET_VERSION=0x020b000000000000"
 
@@ -54,7 +57,7 @@ def library_command(
     libraries = torch_root() / "lib"
     return [
         compiler(), *_library_options(namespace), "-shared", *(str(SOURCES / name) for name in sources),
-        f"-L{libraries}", "-ltorch_cpu", "-ldl", f"-Wl,-rpath,{libraries}", "-o", str(out),
+        f"-L{libraries}", "-ltorch_cpu", "-ldl", ARCHIVES, f"-Wl,-rpath,{libraries}", "-o", str(out),
     ]  # fmt: skip
 
 

@@ -60,9 +60,11 @@ FORMATS = {
 }
 # Every variant, 16 bits and quantised.
 USUAL = ["plain", "no_gate", "fp8_block", "fp8_channel", "int4"]
-# What a few tokens take beside "sorted", and what many take.
-PACKED = ("int4", "mxfp4")
-LARGE = {"fp8_block": "blockscaled", "inputs_given": "blockscaled", **dict.fromkeys(list(FORMATS)[:4], "sorted")}
+# Beside "direct": what a few tokens take, and what many do.
+VARIANTS = {
+    "fp8_block": {"sorted", "blockscaled"}, "inputs_given": {"sorted", "blockscaled"}, "int4": {"packed", "mixed"},
+    "mxfp4": {"packed", "mixed"}, "int8_w8a16": {"sorted", "mixed"}, "int8_w8a8": {"sorted"},
+}  # fmt: skip
 
 
 class Concrete(Recorder):
@@ -169,7 +171,7 @@ def test_launches_are_pythons(built, tmp_path, name):
             if args.quantization != "none" and mine != pythons:
                 mine, pythons = ([re.sub(r"launch \w+", "launch", lines[0]), *lines[1:]] for lines in (mine, pythons))
             assert mine == pythons
-    assert variants == {"direct", "sorted", LARGE.get(name, "pingpong"), *(["packed"] if name in PACKED else [])}
+    assert variants == {"direct", *VARIANTS.get(name, {"sorted", "pingpong"})}
 
 
 def build(out: Path, namespace: str, test_source: str, *sources: str):

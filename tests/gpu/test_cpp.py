@@ -53,10 +53,15 @@ CALLS = {
     "int4": (
         quantized_inputs,
         {**SIZES, "quantization": "int4_w4a16", "block_shape": (0, 128), "zero_points": True},
-        (1, 40, 700),
+        (1, 40, 75, 700),
+    ),
+    "int8_weights": (
+        quantized_inputs, {**SIZES, "quantization": "int8_w8a16", "granularity": "channel"}, (1, 40, 150, 700)
     ),
     "fp8_channel": (quantized_inputs, {**SIZES, "quantization": "fp8_w8a8", "granularity": "channel"}, (1, 9, 64, 700)),
 }  # fmt: skip
+# Variants beside those for few rows.
+MANY = {"fp8_block": {"blockscaled"}, "int4": {"packed", "mixed"}, "int8_weights": {"mixed"}}
 
 # argv: the library, calls, results. Each call eagerly, into a given buffer, in a CUDA graph and on another stream.
 CHILD = """
@@ -122,7 +127,7 @@ def test_results_are_pythons(built, tmp_path, name):
     calls = [draw(num_tokens=n, device="cuda", seed=n, **options) for n in tokens]
     write_table(tmp_path, call_text(calls[0]), 1, max(tokens), describe(torch.device("cuda", 0)))
     variants = {plan(args)[1].variant for args in calls}
-    assert variants == {"direct", "sorted", {"fp8_block": "blockscaled", "int4": "packed"}.get(name, "pingpong")}
+    assert variants == {"direct", "sorted", *MANY.get(name, {"pingpong"})}
     # Ids drawn as int64 are columns of a wider tensor.
     for args in calls:
         args.topk_ids = args.topk_ids.contiguous()

@@ -197,6 +197,10 @@ HOPPER_MUTATIONS = [
         "rest = gl.where(rest - rest == 0.0, 0.0, 0.0)", "scales are rounded to bfloat16", "mixed fine scales",
     ),
     Mutation(
+        "mixed_rows_of_the_first_slot", "planes", "inverse_ptr + tokens * TOP_K + k", "inverse_ptr + tokens * TOP_K",
+        "a token is copied to the row of its first route alone", "mixed int8",
+    ),
+    Mutation(
         "mixed_zeros_times_infinity", "mixed", "if ACTIVATION is not None and N % COLUMNS:", "if N < 0:",
         "columns that do not exist are no numbers beside infinities", "mixed infinite",
     ),
