@@ -98,12 +98,16 @@ def weights_table(whole: dict, *records: dict) -> Iterator[str]:
         row = [*key, number(plain.get(key), ".4f")]
         for mine in cells:
             time = mine[key]["ms"]["tma"] if key in mine else None
-            row += [number(time, ".4f"), number(time and mine[key]["limit_ms"] / time, ".2f")]
+            limit, read = (mine[key].get(name) if time else None for name in ("limit_ms", "read_ms"))
+            # Where the FLOPs are the bound, a read of the bytes says nothing.
+            read = read if time and mine[key].get("bound") == "bytes" else None
+            row += [number(time, ".4f"), *(number(part and part / time, ".2f") for part in (limit, read))]
         rows.append(row)
     for record in records:
         yield head(record)[0]
     yield ""
-    columns = [name for record in records for name in (f"{record['format'].replace('_weights', '')} ms", "of limit")]
+    names = [record["format"].replace("_weights", "") for record in records]
+    columns = [column for name in names for column in (f"{name} ms", "of limit", "of read")]
     yield from table(["shape", "M", "bf16 ms", *columns], rows)
 
 

@@ -201,13 +201,15 @@ def test_tables_that_benchmarks_write_as_rows(tables):
 
 def test_weights_side_by_side(tables):
     whole = HEAD | {"cells": [cell("uniform", 1.0, 0.5, 1.0, 300)]}
-    other = cell("uniform", 0.25, 0.125, 1.0, 300) | {"tokens": 7}
-    int8 = HEAD | {"format": "int8_weights", "cells": [cell("uniform", 0.5, 0.25, 1.0, 300), other]}
+    other = cell("uniform", 0.25, 0.125, 1.0, 300) | {"tokens": 7, "read_ms": 0.2, "bound": "bytes"}
+    many = cell("uniform", 0.5, 0.25, 1.0, 300) | {"read_ms": 0.2, "bound": "flops"}
+    int8 = HEAD | {"format": "int8_weights", "cells": [many, other]}
     int4 = HEAD | {"format": "int4", "cells": int8["cells"][:1]}
     table = rows(tables.weights_table(whole, int8, int4))
-    assert table[0] == ["shape", "M", "bf16 ms", "int8 ms", "of limit", "int4 ms", "of limit"]
-    assert table[1] == ["toy", "100", "1.0000", "0.5000", "0.50", "0.5000", "0.50"]
-    assert table[2] == ["toy", "7", "-", "0.2500", "0.50", "-", "-"]
+    parts = ["of limit", "of read"]
+    assert table[0] == ["shape", "M", "bf16 ms", "int8 ms", *parts, "int4 ms", *parts]
+    assert table[1] == ["toy", "100", "1.0000", "0.5000", "0.50", "-", "0.5000", "0.50", "-"]
+    assert table[2] == ["toy", "7", "-", "0.2500", "0.50", "0.80", "-", "-", "-"]
 
 
 def test_behind_is_said(tables):
