@@ -45,7 +45,7 @@ VARIANTS = {
     ),
 }
 # Bytes. Zero points are as many registers more as scales; a tile's router weights lie beside its sums.
-SPILLS = {"router weights": 300, "int4 zero points": 260}
+SPILLS = {"router weights": 300, "int4 zero points": 262}
 
 
 def compiled(args):
