@@ -68,7 +68,7 @@ SPILLS = {("gelu_no_gate", 64): 308, ("relu2_no_gate", 64): 316}
 # One row block for both consumers changes nothing in the epilogue: a few variants show the rest.
 CASES = [*((name, 64) for name in VARIANTS), *((name, 128) for name in ("plain", "straddling_blocks", "interleaved"))]
 # What they compute is tested where the kernel is emulated.
-USUAL = [("plain_float16", 64), ("straddling_blocks", 64), ("e5m2", 64), ("gelu_no_gate", 64), ("interleaved", 128)]
+USUAL = [("plain_float16", 64), ("straddling_blocks", 64), ("interleaved", 128)]
 
 
 @pytest.mark.parametrize(("name", "block_m"), params(CASES, USUAL))

@@ -61,7 +61,7 @@ def compiled(args):
     return [report(fn.__name__, kernel) for fn, kernel in launches if fn.__name__ == "mixed_kernel"]
 
 
-@pytest.mark.parametrize("name", params(list(VARIANTS), ["interleaved", "mxfp4"]))
+@pytest.mark.parametrize("name", params(list(VARIANTS), ["mxfp4"]))
 def test_variants(name):
     form, dtype, options = VARIANTS[name]
     kernels = compiled(quantized_case(form, dtype, **SIZES | options))

@@ -65,8 +65,8 @@ FP8_VARIANTS = {
 NAMES = [*VARIANTS, *(f"fp8_{name}" for name in FP8_VARIANTS)]
 # The kinds of loads, scales and epilogues; what they compute is tested where the kernel is emulated.
 USUAL = [
-    "plain_float16", "tails", "gpt_oss", "n_major_interleaved", "router_weight_on_input", "gelu",
-    "fp8_plain", "fp8_static_per_expert", "fp8_interleaved", "fp8_gelu_bias", "fp8_gelu_no_gate",
+    "plain_float16", "tails", "gpt_oss", "router_weight_on_input", "fp8_plain", "fp8_static_per_expert",
+    "fp8_gelu_bias",
 ]  # fmt: skip
 
 

@@ -58,8 +58,8 @@ FORMATS = {
     "int8_w8a8": {**SMALL, "quantization": "int8_w8a8", "granularity": "channel"},
     "inputs_given": {**SMALL, "quantization": "fp8_w8a8", "block_shape": (128, 128), "inputs_given": True},
 }
-# Every variant, 16 bits and quantised.
-USUAL = ["plain", "no_gate", "fp8_block", "fp8_channel", "int4"]
+# Every variant.
+USUAL = ["plain", "no_gate", "fp8_block", "int4"]
 # Beside "direct": what a few tokens take, and what many do.
 VARIANTS = {
     "fp8_block": {"sorted", "blockscaled"}, "inputs_given": {"sorted", "blockscaled"}, "int4": {"packed", "mixed"},

@@ -56,7 +56,9 @@ def emulated(args, variant: str, num_sms: int = 2, seed: int = 0, **forced) -> t
 
 @pytest.mark.parametrize(
     ("name", "dtype"),
-    params([(name, dtype) for name in OPTIONS for dtype in HALF], [(name, torch.bfloat16) for name in OPTIONS]),
+    params(
+        [(name, dtype) for name in OPTIONS for dtype in HALF], [(name, torch.bfloat16) for name in list(OPTIONS)[::2]]
+    ),
     ids=str,
 )
 def test_option(name, dtype):
@@ -114,9 +116,7 @@ def test_option_of_a_format(name, variant, option):
     assert_correct(emulated(args, variant), args)
 
 
-@pytest.mark.parametrize(
-    ("block_m", "splits"), params(itertools.product((8, 16, 32), (1, 2)), [(8, 2), (16, 1), (32, 1)])
-)
+@pytest.mark.parametrize(("block_m", "splits"), params(itertools.product((8, 16, 32), (1, 2)), [(8, 2), (32, 1)]))
 def test_tiles_of_packed(block_m, splits):
     args = quantized_case("int4", torch.bfloat16, num_tokens=5, bias=True, intermediate=544)
     down = TileConfig(block_m, 64, 256, 1, 4, 3, True)
