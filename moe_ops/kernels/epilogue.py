@@ -19,14 +19,16 @@ _UNIT = gl.constexpr(16)
 
 @gluon.jit
 def store_box(y, out_smem, out_desc, row, column):
-    """Stores a box of the result from registers, by TMA."""
+    """Stores rows of the result from registers, by TMA, a box of the descriptor after the other."""
+    BOX: gl.constexpr = out_desc.block_shape[0]
     # The buffer is free once the store before this one has read it.
     tma.store_wait(0)
     block_barrier()
     out_smem.store(y.to(out_desc.dtype))
     fence_async_shared()
     block_barrier()
-    tma_store(out_desc, [row, column], out_smem)
+    for i in gl.static_range(y.shape[0] // BOX):
+        tma_store(out_desc, [row + i * BOX, column], out_smem.slice(i * BOX, BOX))
 
 
 @gluon.jit

@@ -40,8 +40,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from moe_ops.kernels.activation import activate_gated, nonlinearity
-from moe_ops.kernels.compat import block_barrier, tma_load, tma_store
-from moe_ops.kernels.epilogue import rounded
+from moe_ops.kernels.compat import block_barrier, tma_load
+from moe_ops.kernels.epilogue import rounded, store_box
 from moe_ops.kernels.mixed_operand import (
     COLUMNS,
     ROWS,
@@ -49,14 +49,14 @@ from moe_ops.kernels.mixed_operand import (
     factors,
     group_layout,
     group_side,
-    group_words,
     groups_of,
     numbers,
-    offsets,
     operand_layout,
+    part_words,
     planes_of,
     weight_rows,
 )
+from moe_ops.kernels.packed_operand import offsets
 from moe_ops.kernels.persistent import PATIENCE, load_step, tile
 from moe_ops.kernels.rings import next_place
 
@@ -185,18 +185,18 @@ def _tile(CONSUMER: gl.constexpr, USED: gl.constexpr, ring, out_smem, out_desc, 
         row_scales = gl.load(scale_ptrs, mask=exist, other=0.0)
     else:
         scale_ptrs, zero_ptrs, odd, there = group_side(side, expert, block_n, N, GATED, INTERLEAVED, FORMAT, GROUP)
-        scale_words = group_words(scale_ptrs, stride_sk, there, 0, K, SCALE_COLUMNS, GROUP)
+        scale_words = part_words(scale_ptrs, stride_sk, there, 0, K, SCALE_COLUMNS, GROUP)
         factor = factors(scale_words, STORED, FORMAT, DTYPE, SIZE)
-        scale_words = group_words(scale_ptrs, stride_sk, there, COLUMNS, K, SCALE_COLUMNS, GROUP)
+        scale_words = part_words(scale_ptrs, stride_sk, there, COLUMNS, K, SCALE_COLUMNS, GROUP)
         if HAS_ZERO:
-            zero_words = group_words(zero_ptrs, stride_zk, there, 0, K, SCALE_COLUMNS, GROUP)
-    offset = offsets(zero_words, odd, HAS_ZERO, FORMAT, DTYPE, SIZE, GROUP)
+            zero_words = part_words(zero_ptrs, stride_zk, there, 0, K, SCALE_COLUMNS, GROUP)
+    offset = offsets(zero_words, odd, HAS_ZERO, FORMAT, DTYPE, GROUP)
     if HAS_ZERO:
-        zero_words = group_words(zero_ptrs, stride_zk, there, COLUMNS, K, SCALE_COLUMNS, GROUP)
+        zero_words = part_words(zero_ptrs, stride_zk, there, COLUMNS, K, SCALE_COLUMNS, GROUP)
     acc = gl.zeros((ROWS, USED), gl.float32, LAYOUT)
     mbarrier.wait(full.index(FIRST + stage), phase)
     q = codes(weights_smem, FIRST + stage, 0, WIDTH, OPERAND)
-    w = numbers(q, offset, factor, 0, HAS_ZERO, GROUPS > 0, STORED, FORMAT, DTYPE, OPERAND)
+    w = numbers(q, offset, factor, 0, GROUPS > 0, STORED, FORMAT, DTYPE, OPERAND)
     for k_step in range(K_STEPS):
         place = FIRST + stage
         stage, phase = next_place(stage, phase, STAGES)
@@ -215,14 +215,13 @@ def _tile(CONSUMER: gl.constexpr, USED: gl.constexpr, ring, out_smem, out_desc, 
                     column = (k_step * PARTS + part + 2) * COLUMNS
                     if GROUPS:
                         factor = factors(scale_words, STORED, FORMAT, DTYPE, SIZE)
-                        scale_words = group_words(scale_ptrs, stride_sk, there, column, K, SCALE_COLUMNS, GROUP)
+                        scale_words = part_words(scale_ptrs, stride_sk, there, column, K, SCALE_COLUMNS, GROUP)
                     if HAS_ZERO:
-                        offset = offsets(zero_words, odd, HAS_ZERO, FORMAT, DTYPE, SIZE, GROUP)
-                        zero_words = group_words(zero_ptrs, stride_zk, there, column, K, SCALE_COLUMNS, GROUP)
+                        offset = offsets(zero_words, odd, HAS_ZERO, FORMAT, DTYPE, GROUP)
+                        zero_words = part_words(zero_ptrs, stride_zk, there, column, K, SCALE_COLUMNS, GROUP)
                 # The registers of the numbers before are free then.
                 acc = warpgroup_mma_wait(1, deps=(acc,))
-                w = numbers(q, offset, factor, (plane + 1) % PLANES, HAS_ZERO, GROUPS > 0, STORED, FORMAT, DTYPE,
-                            OPERAND)  # fmt: skip
+                w = numbers(q, offset, factor, (plane + 1) % PLANES, GROUPS > 0, STORED, FORMAT, DTYPE, OPERAND)
         # wgmma with numbers in registers that go on from one turn of a loop to the next would wait for each other.
         acc = warpgroup_mma_wait(0, deps=(acc,))
         mbarrier.arrive(empty.index(place), count=1)
@@ -265,20 +264,12 @@ def _store_tile(acc, weight_rows, exist, CONSUMER: gl.constexpr, out_smem, out_d
 @gluon.jit
 def _store_half(y, CONSUMER: gl.constexpr, out_smem, out_desc, row, column, PLANES: gl.constexpr,
                 DTYPE: gl.constexpr):  # fmt: skip
-    """Stores columns [COLUMNS, rows] of rows, in planes if PLANES > 1; a box of the descriptor after the other."""
+    """Stores columns [COLUMNS, rows] of rows, in planes if PLANES > 1."""
     USED: gl.constexpr = y.shape[1]
-    BOX: gl.constexpr = out_desc.block_shape[0]
     y = rounded(y, DTYPE)
     if PLANES > 1:
         y = y.reshape((COLUMNS // PLANES, PLANES, USED)).permute((1, 0, 2)).reshape((COLUMNS, USED))
-    # The buffer is free once the store before this one has read it.
-    tma.store_wait(0)
-    block_barrier()
-    out_smem.index(CONSUMER).slice(0, USED).store(y.permute((1, 0)))
-    fence_async_shared()
-    block_barrier()
-    for i in gl.static_range(USED // BOX):
-        tma_store(out_desc, [row + i * BOX, column], out_smem.index(CONSUMER).slice(i * BOX, BOX))
+    store_box(y.permute((1, 0)), out_smem.index(CONSUMER).slice(0, USED), out_desc, row, column)
 
 
 _RUNTIME = ["num_routes", "stride_se", "stride_sn", "stride_sk", "stride_ze", "stride_zn", "stride_zk", "stride_be"]

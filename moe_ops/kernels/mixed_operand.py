@@ -10,8 +10,8 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from moe_ops.kernels.dequantize import scales_of, zero_rows
-from moe_ops.kernels.packed_operand import word
-from moe_ops.kernels.pairs import adds, pair_code, pair_offset, pair_product, pair_sum_of_products
+from moe_ops.kernels.packed_operand import as_stored, group_words, plane_numbers, times
+from moe_ops.kernels.pairs import pair_sum_of_products
 
 # Rows of weights of a tile.
 ROWS = gl.constexpr(128)
@@ -28,7 +28,7 @@ def planes_of(FORMAT: str) -> int:
 @triton.constexpr_function
 def groups_of(SCALE_COLUMNS: int) -> int:
     """Groups of columns with a scale in a part; 0: scales belong to rows."""
-    return max(1, 64 // SCALE_COLUMNS) if SCALE_COLUMNS else 0
+    return max(1, COLUMNS.value // SCALE_COLUMNS) if SCALE_COLUMNS else 0
 
 
 @triton.constexpr_function
@@ -86,12 +86,10 @@ def group_side(side, expert, block_n, N: gl.constexpr, GATED: gl.constexpr, INTE
 
 
 @gluon.jit
-def group_words(ptrs, stride_k, exist, column, K: gl.constexpr, SCALE_COLUMNS: gl.constexpr, LAYOUT: gl.constexpr):
-    """What the groups of a part that begins at a column have, as stored; past K there is 0. [ROWS, GROUPS]"""
-    GROUPS: gl.constexpr = groups_of(SCALE_COLUMNS)
-    k = column + gl.arange(0, GROUPS, gl.SliceLayout(0, gl.SliceLayout(2, LAYOUT))) * (COLUMNS // GROUPS)
-    group_ptrs = ptrs[:, None] + (k // SCALE_COLUMNS).to(gl.int64)[None, :] * stride_k
-    return word(group_ptrs, exist[:, None] & (k < K)[None, :])
+def part_words(ptrs, stride_k, exist, column, K: gl.constexpr, SCALE_COLUMNS: gl.constexpr, LAYOUT: gl.constexpr):
+    """What the groups of a part that begins at a column have, as `packed_operand.group_words`. [ROWS, GROUPS]"""
+    WIDTH: gl.constexpr = COLUMNS // LAYOUT.shape[1]
+    return group_words(ptrs, stride_k, exist, column, WIDTH, K, SCALE_COLUMNS, LAYOUT)
 
 
 @triton.constexpr_function
@@ -102,17 +100,12 @@ def in_two(STORED, FORMAT: str, DTYPE) -> bool:
 
 @gluon.jit
 def factors(words, STORED: gl.constexpr, FORMAT: gl.constexpr, DTYPE: gl.constexpr, SIZE: gl.constexpr):
-    """Scales from `group_words`, of dtype STORED in memory, for each weight of a plane. [ROWS, GROUPS, SIZE] and rest
+    """Scales from `part_words`, of dtype STORED in memory, for each weight of a plane. [ROWS, GROUPS, SIZE] and rest
 
     Where DTYPE does not hold them they come in fp32, or in two: nearest and what that is short of.
     """
     SHAPE: gl.constexpr = (words.shape[0], words.shape[1], SIZE)
-    if FORMAT == "mxfp4_w4a16":
-        scale = scales_of(words, DTYPE, FORMAT)
-    elif STORED.primitive_bitwidth == 32:
-        scale = words
-    else:
-        scale = words.to(gl.int16).to(STORED, bitcast=True)
+    scale = scales_of(words, DTYPE, FORMAT) if FORMAT == "mxfp4_w4a16" else as_stored(words, STORED)
     rest = scale
     if in_two(STORED, FORMAT, DTYPE):
         exact = scale.to(gl.float32)
@@ -124,46 +117,21 @@ def factors(words, STORED: gl.constexpr, FORMAT: gl.constexpr, DTYPE: gl.constex
 
 
 @gluon.jit
-def offsets(words, odd, HAS_ZERO: gl.constexpr, FORMAT: gl.constexpr, DTYPE: gl.constexpr, SIZE: gl.constexpr,
-            LAYOUT: gl.constexpr):  # fmt: skip
-    """What is added to each number of a plane: the zero point and what it has too much, negative. [ROWS, GROUPS, SIZE]
-
-    words: zero points from `group_words`, two rows in a byte, if there are any.
-    """
-    SHAPE: gl.constexpr = (ROWS, LAYOUT.shape[1], SIZE)
-    if HAS_ZERO:
-        zero = ((words >> (4 * odd)[:, None]) & 15).to(gl.float32)
-        return (-(zero + pair_offset(FORMAT, DTYPE))).to(DTYPE)[:, :, None].broadcast_to(SHAPE)
-    else:
-        MIDDLE: gl.constexpr = 8.0 if FORMAT == "int4_w4a16" else 0.0
-        return gl.full(SHAPE, -(pair_offset(FORMAT, DTYPE) + MIDDLE), DTYPE, LAYOUT)
-
-
-@gluon.jit
-def numbers(q, offset, factor, plane: gl.constexpr, HAS_ZERO: gl.constexpr, GROUPED: gl.constexpr,
-            STORED: gl.constexpr, FORMAT: gl.constexpr, DTYPE: gl.constexpr, OPERAND: gl.constexpr):  # fmt: skip
+def numbers(q, offset, factor, plane: gl.constexpr, GROUPED: gl.constexpr, STORED: gl.constexpr, FORMAT: gl.constexpr,
+            DTYPE: gl.constexpr, OPERAND: gl.constexpr):  # fmt: skip
     """A plane of a part's codes as numbers of DTYPE, times the scales of their groups if GROUPED. [ROWS, WIDTH]
 
-    factor: from `factors`, of scales of dtype STORED.
+    offset: from `packed_operand.offsets`. factor: from `factors`, of scales of dtype STORED.
     """
-    ADDS: gl.constexpr = adds(FORMAT, DTYPE, HAS_ZERO)
-    CODE: gl.constexpr = pair_code(FORMAT, DTYPE, plane, ADDS)
     SHAPE: gl.constexpr = q.shape
     q = gl.convert_layout(q.reshape(offset.shape), offset.type.layout, assert_trivial=True)
-    if ADDS:
-        values = gl.inline_asm_elementwise(CODE, "=r,r,r", [q, offset], dtype=offset.dtype, is_pure=True, pack=2)
-    else:
-        values = gl.inline_asm_elementwise(CODE, "=r,r", [q], dtype=offset.dtype, is_pure=True, pack=2)
+    values = plane_numbers(q, offset, plane, FORMAT, DTYPE)
     if GROUPED:
         scale, rest = factor
-        if scale.dtype != DTYPE:
-            values = (values.to(gl.float32) * scale).to(DTYPE)
-        elif in_two(STORED, FORMAT, DTYPE):
+        if in_two(STORED, FORMAT, DTYPE):
             values = gl.inline_asm_elementwise(
                 pair_sum_of_products(), "=r,r,r,r", [values, scale, rest], dtype=offset.dtype, is_pure=True, pack=2
             )
         else:
-            values = gl.inline_asm_elementwise(
-                pair_product(DTYPE), "=r,r,r", [values, scale], dtype=offset.dtype, is_pure=True, pack=2
-            )
+            values = times(values, scale, DTYPE)
     return gl.convert_layout(values.reshape(SHAPE), OPERAND, assert_trivial=True)

@@ -75,7 +75,7 @@ def _block_product(q, x_smem, tile, total, FRESH: gl.constexpr, scale, zero, odd
     started before them is.
     """
     q = gl.convert_layout(q, BLOCK_LAYOUT, assert_trivial=True)
-    offset = offsets(zero, odd, HAS_ZERO, FORMAT, DTYPE)
+    offset = offsets(zero, odd, HAS_ZERO, FORMAT, DTYPE, BLOCK_LAYOUT)
     if UNITS:
         scale = scale[:, :, None].broadcast_to((ROWS, 4, 8))
     for pair in gl.static_range(PLANES // 2):

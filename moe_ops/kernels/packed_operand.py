@@ -1,6 +1,6 @@
 """A block of packed 4-bit weights in registers, as wgmma's left operand, and what is stored for its groups of columns.
 
-For `kernels.packed`, whose head has the form of a tile.
+For `kernels.packed`, whose head has the form of a tile; `kernels.mixed_operand` calls what does not depend on it.
 """
 
 from triton.experimental import gluon
@@ -44,7 +44,7 @@ def plane_numbers(q, offset, plane: gl.constexpr, FORMAT: gl.constexpr, DTYPE: g
 
 
 @gluon.jit
-def _times(values, scale, DTYPE: gl.constexpr):
+def times(values, scale, DTYPE: gl.constexpr):
     """values * scale, rounded once to DTYPE."""
     if scale.dtype == DTYPE:
         return gl.inline_asm_elementwise(
@@ -65,7 +65,7 @@ def two_planes(q, plane: gl.constexpr, offset, scale, FORMAT: gl.constexpr, UNIT
         first = plane_numbers(q, offset, plane, FORMAT, DTYPE)
         second = plane_numbers(q, offset, plane + 1, FORMAT, DTYPE)
         if UNITS:
-            first, second = _times(first, scale, DTYPE), _times(second, scale, DTYPE)
+            first, second = times(first, scale, DTYPE), times(second, scale, DTYPE)
     return gl.join(first, second)
 
 
@@ -86,15 +86,26 @@ def stored(ptrs, stride_k, mask, step, block: gl.constexpr, K: gl.constexpr, SCA
     COLUMNS: gl.constexpr = BLOCK * PLANES
     k = step * BLOCK_K + block * COLUMNS
     if UNITS:
-        k += gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(2, BLOCK_LAYOUT))) * (COLUMNS // 4)
-        group_ptrs = ptrs[:, None] + (k // SCALE_COLUMNS).to(gl.int64)[None, :] * stride_k
-        return word(group_ptrs, mask[:, None] & (k < K)[None, :])
+        return group_words(ptrs, stride_k, mask, k, COLUMNS // 4, K, SCALE_COLUMNS, BLOCK_LAYOUT)
     else:
-        return word(ptrs + (k // SCALE_COLUMNS).to(gl.int64) * stride_k, mask & (k < K))
+        return _word(ptrs + (k // SCALE_COLUMNS).to(gl.int64) * stride_k, mask & (k < K))
 
 
 @gluon.jit
-def word(ptrs, mask):
+def group_words(ptrs, stride_k, mask, column, WIDTH: gl.constexpr, K: gl.constexpr, SCALE_COLUMNS: gl.constexpr,
+                LAYOUT: gl.constexpr):  # fmt: skip
+    """What groups of columns have, every WIDTH columns from one on, as stored; past K there is 0.
+
+    ptrs, mask: of the rows. LAYOUT: of [rows, groups, weights of a group], of which [rows, groups] come.
+    """
+    groups = gl.arange(0, LAYOUT.shape[1], gl.SliceLayout(0, gl.SliceLayout(2, LAYOUT)))
+    k = column + groups * WIDTH
+    group_ptrs = ptrs[:, None] + (k // SCALE_COLUMNS).to(gl.int64)[None, :] * stride_k
+    return _word(group_ptrs, mask[:, None] & (k < K)[None, :])
+
+
+@gluon.jit
+def _word(ptrs, mask):
     """What is stored there, or 0; of fewer than 32 bits in an int32: two in a register would have to be waited for."""
     BITS: gl.constexpr = ptrs.dtype.element_ty.primitive_bitwidth
     if BITS == 32:
@@ -110,18 +121,29 @@ def scales(word, FORMAT: gl.constexpr, DTYPE: gl.constexpr, STORED: gl.constexpr
     """Scales from `stored`, of dtype STORED in memory, as what they belong to is multiplied with them."""
     if FORMAT == "mxfp4_w4a16":
         return e2m1_factor(word) if scales_at_once(FORMAT, DTYPE) else scale_values(word, FORMAT)
-    elif STORED.primitive_bitwidth == 32:
+    else:
+        return as_stored(word, STORED)
+
+
+@gluon.jit
+def as_stored(word, STORED: gl.constexpr):
+    """The numbers of dtype STORED whose bits are in words."""
+    if STORED.primitive_bitwidth == 32:
         return word
     else:
         return word.to(gl.int16).to(STORED, bitcast=True)
 
 
 @gluon.jit
-def offsets(stored_zero, odd, HAS_ZERO: gl.constexpr, FORMAT: gl.constexpr, DTYPE: gl.constexpr):
-    """What `plane_numbers` adds to a block: zero point and what the numbers have too much, negative. [ROWS, 4, 8]"""
+def offsets(words, odd, HAS_ZERO: gl.constexpr, FORMAT: gl.constexpr, DTYPE: gl.constexpr, LAYOUT: gl.constexpr):
+    """What `plane_numbers` adds: the zero point and what the numbers have too much, negative. In LAYOUT, of its shape
+
+    words: zero points from `group_words`, two rows in a byte, if there are any; odd: which rows are the second.
+    """
+    SHAPE: gl.constexpr = (LAYOUT.shape[0], LAYOUT.shape[1], LAYOUT.shape[2])
     if HAS_ZERO:
-        zero = ((stored_zero.to(gl.int32) >> (4 * odd)[:, None]) & 15).to(gl.float32)
-        return (-(zero + pair_offset(FORMAT, DTYPE))).to(DTYPE)[:, :, None].broadcast_to((ROWS, 4, 8))
+        zero = ((words >> (4 * odd)[:, None]) & 15).to(gl.float32)
+        return (-(zero + pair_offset(FORMAT, DTYPE))).to(DTYPE)[:, :, None].broadcast_to(SHAPE)
     else:
-        # The middle of int4; e2m1 has nothing added.
-        return gl.full((ROWS, 4, 8), -(pair_offset(FORMAT, DTYPE) + 8.0), DTYPE, BLOCK_LAYOUT)
+        MIDDLE: gl.constexpr = 8.0 if FORMAT == "int4_w4a16" else 0.0
+        return gl.full(SHAPE, -(pair_offset(FORMAT, DTYPE) + MIDDLE), DTYPE, LAYOUT)

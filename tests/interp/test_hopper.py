@@ -200,13 +200,13 @@ def test_scales_without_a_rest(scale):
     torch.testing.assert_close(emulated(args, "mixed"), emulate(args), rtol=0, atol=0, equal_nan=True)
 
 
-def test_copied_rows_are_in_bounds():
+@pytest.mark.parametrize("name", ["int8_weights", "int4"])
+def test_copied_rows_are_in_bounds(name):
     """Rows of the last tokens, and the last part, which is not whole."""
-    for name in ("int8_weights", "int4"):
-        args = quantized_case(name, torch.bfloat16, hidden=224)
-        with sanitized() as report:
-            assert_correct(emulated(args, "mixed"), args)
-        assert report.launches["scatter_planes_kernel"] == 1
+    args = quantized_case(name, torch.bfloat16, hidden=224)
+    with sanitized() as report:
+        assert_correct(emulated(args, "mixed"), args)
+    assert report.launches["scatter_planes_kernel"] == 1
 
 
 def test_bench_times_a_variant_by_its_name():

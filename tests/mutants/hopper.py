@@ -180,7 +180,7 @@ HOPPER_MUTATIONS = [
         "a block counts as half empty when its last row is padding", "mixed full blocks",
     ),
     Mutation(
-        "mixed_one_scale_of_two", "mixed_operand", "* (COLUMNS // GROUPS)", "* 0",
+        "mixed_one_scale_of_two", "mixed_operand", "= COLUMNS // LAYOUT.shape[1]", "= 0 * COLUMNS",
         "both groups of a part have the scale of the first", "mixed mxfp4",
     ),
     Mutation(
@@ -189,8 +189,8 @@ HOPPER_MUTATIONS = [
         "the second part has the scales of the third", "mixed mxfp4",
     ),
     Mutation(
-        "mixed_zero_point_of_the_other_row", "mixed_operand", "(words >> (4 * odd)[:, None])",
-        "(words >> (4 - 4 * odd)[:, None])", "rows take each other's zero points", "mixed int4_zero_points",
+        "mixed_zero_point_of_the_other_row", "mixed_operand", "zero_ptrs, rows % 2, exist",
+        "zero_ptrs, 1 - rows % 2, exist", "rows take each other's zero points", "mixed int4_zero_points",
     ),
     Mutation(
         "mixed_scale_of_few_bits", "mixed_operand", "rest = gl.where(rest - rest == 0.0, rest, 0.0)",
@@ -260,11 +260,6 @@ RACES = [
         "acc = warpgroup_mma_wait(0, deps=(acc,))\n        mbarrier.arrive(empty.index(place), count=1)\n",
         "mbarrier.arrive(empty.index(place), count=1)\n        acc = warpgroup_mma_wait(0, deps=(acc,))\n",
         "a stage is filled while wgmma may read it", "mixed many K steps",
-    ),
-    Mutation(
-        "mixed_box_without_a_fence", "mixed", "    fence_async_shared()\n    block_barrier()\n    for i in",
-        "    for i in",
-        "TMA may store what was there before the box", "mixed int8",
     ),
 ]
 # fmt: on

@@ -69,9 +69,8 @@ def mixed(name: str, **sizes) -> None:
 def mixed_full_blocks() -> None:
     """Row blocks of 128 with one row less, with half of them, and with one row."""
     args = quantized_case("int8_weights", torch.bfloat16, DEVICE, num_tokens=192, experts=3, top_k=1)
-    args.topk_ids = ((torch.arange(192, device=DEVICE) >= 127) + (torch.arange(192, device=DEVICE) >= 191))[
-        :, None
-    ].int()
+    token = torch.arange(192, device=DEVICE, dtype=torch.int32)[:, None]
+    args.topk_ids = torch.bucketize(token, token.new_tensor([127, 191]), right=True, out_int32=True)
     config = tuple(TileConfig(128, columns, 64, 8, 4, 4, True) for columns in (64, 128))
     over_and_over(args, variant="mixed", config=config)
 
