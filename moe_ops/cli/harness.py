@@ -6,6 +6,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 
@@ -14,7 +15,22 @@ _STREAM_BYTES = 2 * 2**30
 _MATMUL = 8192
 _EAGER_CALLS = 50
 
+# How often a sample is taken for which the host was not in time, each time with twice as much before it.
+_ATTEMPTS = 4
+
 Call = Callable[[], object]
+
+
+class Sample(NamedTuple):
+    """How long a call took.
+
+    Attributes:
+        milliseconds: its time.
+        late: the device had nothing to do while the host still enqueued the call, which is in its time then.
+    """
+
+    milliseconds: float
+    late: bool = False
 
 
 @dataclass
@@ -180,13 +196,16 @@ def _no_waiting() -> Iterator[None]:
         torch.cuda.set_sync_debug_mode(before)
 
 
-def time_round_robin(calls: dict[str, Call], rounds: int, sample: Callable[[Call], float], between: Call) -> Timings:
+def time_round_robin(calls: dict[str, Call], rounds: int, sample: Callable[[Call], Sample], between: Call) -> Timings:
     """Times calls in turn.
+
+    A processor that has just waited for a long call may take longer for what it does next than the device for one
+    `between`: such samples are taken again after more of them.
 
     Args:
         calls: what to time, by name; ready to be called again and again.
         rounds: samples of each.
-        sample: (call) -> milliseconds; `device_milliseconds` or `host_milliseconds`.
+        sample: (call) -> `Sample`; `device_milliseconds` or `host_milliseconds`.
         between: called before each sample; an `L2Flush`.
 
     Returns:
@@ -195,28 +214,33 @@ def time_round_robin(calls: dict[str, Call], rounds: int, sample: Callable[[Call
     timings = Timings({name: [] for name in calls})
     for round_number in range(rounds + 1):
         for name, call in calls.items():
-            between()
-            milliseconds = sample(call)
+            for attempt in range(_ATTEMPTS):
+                for _ in range(2**attempt):
+                    between()
+                taken = sample(call)
+                if not taken.late:
+                    break
             if round_number:  # the first round settles clocks and caches
-                timings.rounds[name].append(milliseconds)
+                timings.rounds[name].append(taken.milliseconds)
     return timings
 
 
-def device_milliseconds(call: Call) -> float:
-    """From event to event on the device; the flush before keeps it busy while the host enqueues the call."""
+def device_milliseconds(call: Call) -> Sample:
+    """From event to event on the device, which what came before has to keep busy while the host enqueues the call."""
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     start.record()
     call()
     end.record()
+    late = start.query()
     end.synchronize()
-    return start.elapsed_time(end)
+    return Sample(start.elapsed_time(end), late)
 
 
-def host_milliseconds(call: Call) -> float:
+def host_milliseconds(call: Call) -> Sample:
     """What a call costs an eager caller: back-to-back calls by the host's clock, the device's work included."""
     torch.cuda.synchronize()
     start = time.perf_counter()
     for _ in range(_EAGER_CALLS):
         call()
     torch.cuda.synchronize()
-    return (time.perf_counter() - start) * 1e3 / _EAGER_CALLS
+    return Sample((time.perf_counter() - start) * 1e3 / _EAGER_CALLS)

@@ -36,7 +36,7 @@ class Session:
         graph: time CUDA graphs on the device, not eager calls by the host's clock.
         ceilings: calls by name, ready to be timed: "cublas" and "stream", and "scaled_mm" for formats of fp8 and int8.
         between: called before each sample.
-        sample: (call) -> milliseconds.
+        sample: (call) -> how long it took.
         read: (bytes) -> a call that reads so many, None if there are not so many.
     """
 
@@ -44,7 +44,7 @@ class Session:
     graph: bool
     ceilings: Mapping[str, harness.Call]
     between: harness.Call
-    sample: Callable[[harness.Call], float]
+    sample: Callable[[harness.Call], harness.Sample]
     read: Callable[[int], harness.Call | None]
 
     def ready(self, call: harness.Call) -> harness.Call:

@@ -52,6 +52,7 @@ from moe_ops.kernels.activation import activate_gated, nonlinearity
 from moe_ops.kernels.compat import block_barrier, cp_async, tma_load
 from moe_ops.kernels.epilogue import affine, halves, quantize, rounded, store_box
 from moe_ops.kernels.persistent import PATIENCE, first_column, load_step, tile
+from moe_ops.kernels.quantize import given_scale
 
 # More warps than 12 would cap a thread at 128 registers when the program starts, too few for wgmma of 256 columns.
 _GATHER_WARPS = gl.constexpr(2)
@@ -259,7 +260,7 @@ def _store_tile(acc, out_smem, out_desc, epilogue, block_m, n, N: gl.constexpr, 
     if channel_scale_ptr is not None:
         channel_scale_ptr += expert * stride_ce
     if out_scale_ptr is not None:
-        out_scale = gl.load(out_scale_ptr + expert * stride_oe)
+        out_scale = given_scale(gl.load(out_scale_ptr + expert * stride_oe))
     channels = (channel_scale_ptr, bias_ptr)
     sides = halves(acc)
     quarters = halves(sides[0]) + halves(sides[1])

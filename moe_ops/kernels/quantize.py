@@ -22,6 +22,12 @@ def row_scales(y, LARGEST: tl.constexpr):
 
 
 @triton.jit
+def given_scale(scale):
+    """A given scale, at least the smallest normal number: one of 0 has a reciprocal then, and leaves zeros zeros."""
+    return tl.where(scale < _FLOAT_TINY, _FLOAT_TINY, scale)
+
+
+@triton.jit
 def quantize(y, scale, dtype: tl.constexpr, LARGEST: tl.constexpr):
     """y / scale, both in fp32, rounded to `dtype`; a NaN stays one where `dtype` has it, and is 0 in int8.
 
@@ -67,9 +73,9 @@ def quantize_kernel(
         scale = row_scales(y, LARGEST)
         tl.store(scale_ptr + row * stride_sm + group * stride_sg, scale, mask=kept)
     elif tile_experts_ptr is not None:
-        scale = tl.load(given_ptr + expert.to(tl.int64) * stride_ge, mask=kept, other=1.0)
+        scale = given_scale(tl.load(given_ptr + expert.to(tl.int64) * stride_ge, mask=kept, other=1.0))
     else:
-        scale = tl.load(given_ptr + row * 0)
+        scale = given_scale(tl.load(given_ptr + row * 0))
     q = quantize(y, scale[:, None], q_ptr.dtype.element_ty, LARGEST)
     tl.store(q_ptr + row[:, None] * stride_qm + columns, q, mask=mask)
     if PDL:

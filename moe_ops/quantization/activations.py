@@ -18,7 +18,8 @@ def quantize_activations(
         scale = min(max |x|, largest float32) / Q, at least the smallest normal float32;  NaN where x has one
         q     = round(clamp(x / scale, -Q, Q)), to the nearest, ties to even;             Q = 448 (e4m3) or 127 (int8)
 
-    A row of zeros has q = 0; an infinity becomes the largest number; a NaN stays visible, in int8 through the scale.
+    A row of zeros has q = 0, by a given scale of 0 too: below the smallest normal float32 it is that which divides. An
+    infinity becomes the largest number; a NaN stays visible, in int8 through the scale.
 
     Args:
         x: [M, K], any floating-point dtype; the arithmetic is float32.
@@ -43,9 +44,11 @@ def quantize_activations(
     largest = _LARGEST[dtype]
     if scale is None:
         scale = _scales(x, largest, granularity)
-    wide = scale
+    # NaN stays.
+    tiny = torch.finfo(torch.float32).tiny
+    wide = torch.where(scale < tiny, tiny, scale)
     if granularity == "group" and scale.shape[-1] != 1:
-        wide = scale.repeat_interleave(GROUP, -1)[..., : x.shape[-1]]
+        wide = wide.repeat_interleave(GROUP, -1)[..., : x.shape[-1]]
     q = (x / wide).clamp(-largest, largest)
     if dtype == torch.int8:
         q = q.round().nan_to_num(nan=0.0)

@@ -17,6 +17,7 @@ from tests.quantized import (
     hard_rows,
     one_hot_case,
     quantized_case,
+    scales_of_zero_case,
     with_options,
 )
 
@@ -112,6 +113,13 @@ def test_every_scale_of_mxfp4(variant, num_tokens):
     args, expected = every_scale_case("cuda", num_tokens)
     skip_unless_it_runs(args, "tma", variant)
     check_every_scale(args, expected, variant)
+
+
+@pytest.mark.parametrize("variant", ["sorted", "pingpong"])
+def test_given_scales_of_zero(variant):
+    args = scales_of_zero_case("cuda")
+    with override(path="tma", variant=variant), poisoned_memory():
+        assert (run(args) == 0).all()
 
 
 @pytest.mark.parametrize("variant", ["sorted", "pingpong", "blockscaled"])

@@ -36,6 +36,7 @@ from tests.quantized import (
     fine_scales_case,
     one_hot_case,
     quantized_case,
+    scales_of_zero_case,
 )
 
 HALF = (torch.bfloat16, torch.float16)
@@ -184,6 +185,10 @@ def test_columns_that_do_not_exist_stay_zeros(name):
     args.w1, args.w2 = torch.full_like(args.w1, middle), torch.full_like(args.w2, middle)
     args.hidden_states[:] = torch.inf
     assert (emulated(args, "mixed") == torch.inf).all()
+
+
+def test_given_scales_of_zero():
+    assert (emulated(scales_of_zero_case(), "pingpong") == 0).all()
 
 
 def test_scales_that_bfloat16_does_not_hold():

@@ -30,7 +30,7 @@ def clock(monkeypatch):
     """A device without graphs, on which a call takes its number of tokens in milliseconds."""
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))
     monkeypatch.setattr(harness, "L2Flush", lambda: lambda: None)
-    monkeypatch.setattr(harness, "device_milliseconds", lambda captured: float(captured().shape[0]))
+    monkeypatch.setattr(harness, "device_milliseconds", lambda captured: harness.Sample(float(captured().shape[0])))
 
     def capture(call, pool):
         call()
@@ -113,7 +113,7 @@ def test_hopeless_candidates_are_timed_once(monkeypatch, clock, instant):
     def milliseconds(captured):
         captured()
         samples.append(id(captured))
-        return 1.0 + (id(captured) in slow)
+        return harness.Sample(1.0 + (id(captured) in slow))
 
     slow, captures = set(), []
     capture = harness.capture

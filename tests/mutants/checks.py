@@ -32,7 +32,7 @@ from tests import exchange as rows
 from tests import routers
 from tests.cases import option_case, run
 from tests.mutants import hopper_checks
-from tests.quantized import hard_rows, quantized_case
+from tests.quantized import hard_rows, quantized_case, scales_of_zero_case
 
 _PROT_NONE = 0
 # Offsets of 2^30 elements: the third expert or token lies beyond int32.
@@ -197,6 +197,12 @@ def rows_as_defined(name: str) -> None:
     assert torch.equal(rows.values.float().nan_to_num(7), q.float().nan_to_num(7)), "the rows differ"
 
 
+def scales_of_zero() -> None:
+    """Scales of 0 that are given."""
+    with override(path="classic", variant="sorted"), poisoned_memory():
+        assert (run(scales_of_zero_case()) == 0).all()
+
+
 def router(logits: Tensor, top_k: int, bias: Tensor | None, options: dict) -> None:
     """The router against its definition: the same experts in the same order, and their weights."""
     from moe_ops.backends.topk import topk_route
@@ -313,6 +319,7 @@ CHECKS = {
     },
     **{f"scales that are nan, {variant}": partial(scales_that_are_nan, variant) for variant in ("sorted", "direct")},
     **{f"rows of {name}": partial(rows_as_defined, name) for name in ("fp8_channel", "fp8_block", "int8_channel")},
+    "scales of zero": scales_of_zero,
     **{f"router {name}": partial(router_case, name) for name in routers.ROUTERS},
     **{f"router {name}": lambda draw=draw: router(*draw()) for name, draw in routers.EDGES.items()},
     "router strides": router_strides,

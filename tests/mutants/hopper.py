@@ -95,6 +95,10 @@ HOPPER_MUTATIONS = [
         "factor", "the up half by the scale of the block that it begins in", "blockscaled fp8_block",
     ),
     Mutation(
+        "act_divided_by_a_given_zero", "pingpong", "given_scale(gl.load(out_scale_ptr + expert * stride_oe))",
+        "gl.load(out_scale_ptr + expert * stride_oe)", "zeros divided by a given scale of 0", "pingpong scales of zero",
+    ),
+    Mutation(
         "packed_full_parity", "packed", "mbarrier.wait(full.index(stage), phase)",
         "mbarrier.wait(full.index(stage), phase ^ 1)", "a stage is read a pass too early", "packed int4",
     ),

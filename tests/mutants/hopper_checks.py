@@ -16,7 +16,7 @@ from moe_ops.testing import assert_correct, emulate, override, poisoned_memory
 from moe_ops.testing.hopper import hopper
 from moe_ops.tuning import TileConfig
 from tests.cases import option_case, run
-from tests.quantized import check_every_scale, every_scale_case, fine_scales_case, quantized_case
+from tests.quantized import check_every_scale, every_scale_case, fine_scales_case, quantized_case, scales_of_zero_case
 
 EMULATED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if EMULATED else "cuda"
@@ -46,6 +46,11 @@ def pingpong(name: str, **sizes) -> None:
     # NaN behind every token, in rows that are still multiples of 16 bytes.
     args.hidden_states = functional.pad(args.hidden_states, (0, 24), value=float("nan"))[:, :-24]
     over_and_over(args, variant="pingpong")
+
+
+def pingpong_scales_of_zero() -> None:
+    """Scales of 0 that are given."""
+    over_and_over(scales_of_zero_case(DEVICE), variant="pingpong")
 
 
 def blockscaled(name: str, **sizes) -> None:
@@ -109,6 +114,7 @@ KINDS = (
         "pingpong biases_interleaved": partial(pingpong, "biases_interleaved"),
         "pingpong n_major": partial(pingpong, "n_major"),
         "pingpong last columns": partial(pingpong, "plain", hidden=272, intermediate=144),
+        "pingpong scales of zero": pingpong_scales_of_zero,
         "pingpong many K steps": partial(pingpong, "plain", num_tokens=many(3000), hidden=1032, intermediate=1096),
     },
     {

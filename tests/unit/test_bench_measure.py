@@ -18,13 +18,27 @@ def test_round_robin_takes_turns_and_drops_the_first_round():
 
     def sample(call):
         call()
-        return next(clock)
+        return harness.Sample(next(clock))
 
     calls = {name: lambda name=name: log.append(name) for name in "abc"}
     timings = harness.time_round_robin(calls, 2, sample, lambda: log.append("flush"))
     assert log == ["flush", "a", "flush", "b", "flush", "c"] * 3
     assert timings.rounds == {"a": [4.0, 7.0], "b": [5.0, 8.0], "c": [6.0, 9.0]}
     assert timings.median("b") == 6.5 and timings.median("d") is None
+
+
+def test_a_late_sample_is_taken_again_after_more():
+    """At most four times; what the last one took counts then."""
+    log, late = [], iter([False, True, True, False, *[True] * 4])
+
+    def sample(call):
+        call()
+        return harness.Sample(float(log.count("call")), next(late))
+
+    timings = harness.time_round_robin({"call": lambda: log.append("call")}, 2, sample, lambda: log.append("flush"))
+    flushes = "".join("c" if entry == "call" else "." for entry in log)
+    assert flushes == ".c" + ".c..c....c" + ".c..c....c........c"
+    assert timings.rounds == {"call": [4.0, 8.0]}
 
 
 class FakeCuda:

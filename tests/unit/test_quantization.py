@@ -355,6 +355,17 @@ def test_a_given_scale_saturates(dtype, most):
     assert q.float().isnan().all()
 
 
+@pytest.mark.parametrize("dtype,most", [(E4M3, 448.0), (torch.int8, 127.0)])
+@pytest.mark.parametrize("scale", [0.0, 1e-40, TINY])
+def test_a_given_scale_that_is_too_small(dtype, most, scale):
+    """Zeros stay zeros; the rest saturates, as by the smallest normal number."""
+    x = torch.tensor([[0.0, -0.0, 1e-30, -1.0, INF]])
+    q, given = quantize_activations(x, dtype, "tensor", torch.tensor([scale]))
+    assert q.tolist() == [[0, 0, most, -most, most]]
+    assert given.tolist() == torch.tensor([scale]).tolist()
+    assert quantize_activations(x, E4M3, "tensor", torch.tensor([NAN]))[0].float().isnan().all()
+
+
 def test_groups_of_activations():
     x = torch.ones(2, 300) * torch.tensor([[1.0], [2.0]])
     x[:, 128:256] *= 4
