@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from moe_ops.cli import bench, main, make_parser, measure, plots
+from moe_ops.cli import bench, harness, main, make_parser, measure, plots
 from moe_ops.cli.ahead import Ahead, default_workers
 from moe_ops.cli.calls import ROUTINGS, SHAPES, draw_ids, make_calls, parse_shape
 from moe_ops.cli.formats import FORMATS
@@ -164,7 +164,7 @@ def fake_gpu(monkeypatch):
     def start_session(rounds, *, graph, fp8=False):
         def sample(call):
             call()
-            return 1.0
+            return harness.Sample(1.0)
 
         def read(nbytes):
             return None
