@@ -106,6 +106,13 @@ def check_every_scale(args: Arguments, expected: torch.Tensor, variant: str) -> 
     torch.testing.assert_close(out.double(), expected, rtol=0, atol=2.0**-126, equal_nan=True)
 
 
+def negative_scales_case(device: str = "cpu") -> Arguments:
+    """Scales below 0 given for the rows: what is divided by them is multiplied by them again."""
+    args = quantized_case("fp8_static", torch.bfloat16, device, num_tokens=8)
+    args.a1_scale, args.a2_scale = -args.a1_scale, -args.a2_scale
+    return args
+
+
 def scales_of_zero_case(device: str = "cpu") -> Arguments:
     """Scales of 0 given for the rows, as calibration leaves them where it met zeros alone: the result is zeros."""
     args = quantized_case("fp8_static", torch.bfloat16, device, num_tokens=8)

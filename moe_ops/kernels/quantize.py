@@ -23,8 +23,8 @@ def row_scales(y, LARGEST: tl.constexpr):
 
 @triton.jit
 def given_scale(scale):
-    """A given scale, at least the smallest normal number: one of 0 has a reciprocal then, and leaves zeros zeros."""
-    return tl.where(scale < _FLOAT_TINY, _FLOAT_TINY, scale)
+    """A given scale, of a normal number at least: one of 0 has a reciprocal then, and leaves zeros zeros."""
+    return tl.where(tl.abs(scale) < _FLOAT_TINY, _FLOAT_TINY, scale)
 
 
 @triton.jit

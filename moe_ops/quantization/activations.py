@@ -46,7 +46,7 @@ def quantize_activations(
         scale = _scales(x, largest, granularity)
     # NaN stays.
     tiny = torch.finfo(torch.float32).tiny
-    wide = torch.where(scale < tiny, tiny, scale)
+    wide = torch.where(scale.abs() < tiny, tiny, scale)
     if granularity == "group" and scale.shape[-1] != 1:
         wide = wide.repeat_interleave(GROUP, -1)[..., : x.shape[-1]]
     q = (x / wide).clamp(-largest, largest)

@@ -15,6 +15,7 @@ from tests.quantized import (
     check_every_scale,
     every_scale_case,
     hard_rows,
+    negative_scales_case,
     one_hot_case,
     quantized_case,
     scales_of_zero_case,
@@ -120,6 +121,13 @@ def test_given_scales_of_zero(variant):
     args = scales_of_zero_case("cuda")
     with override(path="tma", variant=variant), poisoned_memory():
         assert (run(args) == 0).all()
+
+
+@pytest.mark.parametrize("variant", ["sorted", "pingpong"])
+def test_given_scales_below_zero(variant):
+    args = negative_scales_case("cuda")
+    with override(path="tma", variant=variant), poisoned_memory():
+        assert_correct(run(args), args)
 
 
 @pytest.mark.parametrize("variant", ["sorted", "pingpong", "blockscaled"])

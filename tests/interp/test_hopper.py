@@ -34,6 +34,7 @@ from tests.quantized import (
     check_every_scale,
     every_scale_case,
     fine_scales_case,
+    negative_scales_case,
     one_hot_case,
     quantized_case,
     scales_of_zero_case,
@@ -189,6 +190,11 @@ def test_columns_that_do_not_exist_stay_zeros(name):
 
 def test_given_scales_of_zero():
     assert (emulated(scales_of_zero_case(), "pingpong") == 0).all()
+
+
+def test_given_scales_below_zero():
+    args = negative_scales_case()
+    assert_correct(emulated(args, "pingpong"), args)
 
 
 def test_scales_that_bfloat16_does_not_hold():

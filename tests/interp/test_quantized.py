@@ -7,7 +7,15 @@ from moe_ops.testing import assert_correct, assert_exact, override, poisoned_mem
 from moe_ops.tuning import TileConfig
 from tests.amount import ALL, params
 from tests.cases import OPTIONS, run
-from tests.quantized import FORMATS, hard_rows, one_hot_case, quantized_case, scales_of_zero_case, with_options
+from tests.quantized import (
+    FORMATS,
+    hard_rows,
+    negative_scales_case,
+    one_hot_case,
+    quantized_case,
+    scales_of_zero_case,
+    with_options,
+)
 
 RUNS = {"classic": ("classic", "sorted"), "tma": ("tma", "sorted"), "direct": ("classic", "direct")}
 KINDS = pytest.mark.parametrize("kind", RUNS)
@@ -63,6 +71,12 @@ def test_every_code_in_every_place(quantization, kind):
 def test_given_scales_of_zero():
     with override(path="classic", variant="sorted"), poisoned_memory():
         assert (run(scales_of_zero_case()) == 0).all()
+
+
+def test_given_scales_below_zero():
+    args = negative_scales_case()
+    with override(path="classic", variant="sorted"), poisoned_memory():
+        assert_correct(run(args), args)
 
 
 @pytest.mark.parametrize("name", ["fp8_channel", "fp8_block", "int8_channel", "int8_block", "fp8_static"])

@@ -283,7 +283,7 @@ MUTATIONS = [
         "the activation of every expert by the scale of expert 0", "classic fp8_static_expert",
     ),
     Mutation(
-        "zeros_divided_by_a_given_zero", "quantize", "return tl.where(scale < _FLOAT_TINY, _FLOAT_TINY, scale)",
+        "zeros_divided_by_a_given_zero", "quantize", "return tl.where(tl.abs(scale) < _FLOAT_TINY, _FLOAT_TINY, scale)",
         "return scale", "zeros divided by a given scale of 0", "scales of zero",
     ),
     Mutation(

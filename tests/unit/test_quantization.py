@@ -364,6 +364,7 @@ def test_a_given_scale_that_is_too_small(dtype, most, scale):
     assert q.tolist() == [[0, 0, most, -most, most]]
     assert given.tolist() == torch.tensor([scale]).tolist()
     assert quantize_activations(x, E4M3, "tensor", torch.tensor([NAN]))[0].float().isnan().all()
+    assert quantize_activations(x, dtype, "tensor", torch.tensor([-0.25]))[0].tolist() == [[0, 0, 0, 4, -most]]
 
 
 def test_groups_of_activations():
