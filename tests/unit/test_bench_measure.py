@@ -41,6 +41,33 @@ def test_a_late_sample_is_taken_again_after_more():
     assert timings.rounds == {"call": [4.0, 8.0]}
 
 
+@pytest.mark.parametrize("waits", [False, True])
+def test_a_sample_is_late_if_the_device_waits(monkeypatch, waits):
+    """It does if it is past the start when all is enqueued, and not yet waited for."""
+    log = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            log.append("record")
+
+        def query(self) -> bool:
+            log.append("query")
+            return waits
+
+        def synchronize(self) -> None:
+            log.append("synchronize")
+
+        def elapsed_time(self, end: "Event") -> float:
+            return 2.5
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    assert harness.device_milliseconds(lambda: log.append("call")) == (2.5, waits)
+    assert log == ["record", "call", "record", "query", "synchronize"]
+
+
 class FakeCuda:
     """Logs what is done to `torch.cuda`, and lets captures run on the CPU."""
 
