@@ -5,30 +5,32 @@ a partial sum of 64 x 128 from zero, which is scaled and added in fp32. While on
 consumer's tile is 64 rows by two halves of 128 rows of weights each, gate and up or neighbours, and one *turn* of it is
 a K step of one half. Six roles share a program of 12 warps:
 
-    fill_rows c     1 warp each   cp.async  x ---------> rows ring of c -----+
+    fill_rows c     1 warp each   cp.async  x, scales -> rows ring of c -----+
                                   TMA       act                              +--> _consume c   4 warps each
     fill_weights c  1 warp each   TMA       weights ---> weights ring of c --+    wgmma, sums, epilogue, TMA store
+                                  stores    scales
 
     SPLIT False   the consumers take the row blocks of 64 in turns; each has rings of its own
     SPLIT True    a row block is 128, 64 rows a consumer. A stage is all that both read of a K step, so the two rings of
                   rows and that of weights have the same barriers, and fill_weights 1 has nothing to do. A consumer
                   starts the wgmma of a turn after the other one has started its own (`_take_turn`)
 
-A stage of a ring of rows has a K step; one of weights has the half of it that a turn takes, with SPLIT both.
+A stage of a ring of rows has a K step; one of weights has the half of it that a turn takes, with SPLIT both. Beside the
+rows and weights it has their scales.
 
     barrier            arrivals in a phase         who arrives                        who waits, before what
     rows_full[s]       1, in the down GEMM and     fill_rows: its copies are there,   the consumer, before the
-                       the bytes                   or announced                       first turn of a K step
+                       the bytes                   or rows announced                  first turn of a K step
                        SPLIT: 3 and the bytes      both fill_rows, fill_weights 0     both consumers
-    rows_empty[s]      1, SPLIT: 2                 the consumers, a turn after the    fill_rows (SPLIT: fill_weights
-                                                   last one that read s               0 too), before it fills s again
+    rows_empty[s]      1, SPLIT: 2                 the consumers, two turns after     fill_rows (SPLIT: fill_weights
+                                                   the last one that read s           0 too), before it fills s again
     weights_full[s]    1 and the bytes             fill_weights, which announces      the consumer, before its turn
     weights_empty[s]   1                           the consumer, a turn later         fill_weights, before it fills s
 
 Fillers begin with parity 1, that of the phase before the first: the first time round they do not wait. A filler is at
 most a ring ahead of each reader, so that a wait never takes one phase for another of the same parity. What a turn needs
-is asked for and waited for while the wgmma of the turn before it run: only the additions and the wgmma's own latency
-are exposed.
+is waited for while the wgmma of the turn before it run, and its factors are multiplied under its own: only the
+additions and the wgmma's latency are exposed, and the other consumer's wgmma run meanwhile.
 
 Tails. K: TMA fills with zeros past the last column, the gather masks. N: rows of weights past the last one are zeros
 (past the gate's: rows of the up half), the TMA store clips their columns. Rows: padding rows are zeros and are stored.
@@ -48,25 +50,33 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from moe_ops.kernels.compat import block_barrier
 from moe_ops.kernels.epilogue import store_groups
 from moe_ops.kernels.persistent import tile
-from moe_ops.kernels.rings import CONSUMER_ROWS, GROUP, fill_rows, fill_weights, next_place, weight_row
+from moe_ops.kernels.rings import (
+    CONSUMER_ROWS,
+    GROUP,
+    HALF_SCALES,
+    cut,
+    fill_rows,
+    fill_weights,
+    next_place,
+    weight_row,
+)
 
 # Stages of a consumer's ring of rows where it has one of its own.
 _ROWS_STAGES = gl.constexpr(3)
-# Registers of the threads of consumer 1 and of the other roles; consumer 0 gets what is left.
-_UP_REGISTERS = gl.constexpr((224, 56))
+# Registers of the threads of consumer 1 and of the other roles; consumer 0 gets what is left. Gathering takes more.
+_UP_REGISTERS = gl.constexpr((216, 72))
 _DOWN_REGISTERS = gl.constexpr((232, 40))
 
 
 @gluon.jit
-def _consume(CONSUMER: gl.constexpr, rows_ring, weights_ring, out_smem, out_desc, scales, epilogue, num_padded_ptr,
-             N: gl.constexpr, K: gl.constexpr, NUM_N: gl.constexpr, GROUP_M: gl.constexpr, TOP_K: gl.constexpr,
+def _consume(CONSUMER: gl.constexpr, rows_ring, weights_ring, out_smem, out_desc, epilogue, num_padded_ptr,
+             N: gl.constexpr, K: gl.constexpr, NUM_N: gl.constexpr, GROUP_M: gl.constexpr,
              GATED: gl.constexpr, INTERLEAVED: gl.constexpr, ACTIVATION: gl.constexpr, HAS_LIMIT: gl.constexpr,
              DTYPE: gl.constexpr, BLOCK_M: gl.constexpr, SPLIT: gl.constexpr):  # fmt: skip
     """The consumer's tiles: the turns of both halves, then the epilogue."""
-    rows_smem, rows_full, rows_empty = rows_ring
-    weights_smem, weights_full, weights_empty = weights_ring
-    row_scale_ptr, stride_sm, stride_sg, weight_scale_ptr, stride_we, stride_wn, stride_wk = scales
-    sorted_routes_ptr, tile_experts_ptr, num_routes = epilogue[:3]
+    rows_smem, row_scales, rows_full, rows_empty = rows_ring
+    weights_smem, weight_scales, weights_full, weights_empty = weights_ring
+    tile_experts_ptr = epilogue[1]
     WEIGHTS_STAGES: gl.constexpr = weights_smem.shape[0] // 2
     WEIGHTS_FIRST: gl.constexpr = 0 if SPLIT else CONSUMER * WEIGHTS_STAGES
     ROWS_STAGES: gl.constexpr = rows_smem.shape[0] // 2
@@ -75,13 +85,9 @@ def _consume(CONSUMER: gl.constexpr, rows_ring, weights_ring, out_smem, out_desc
     STRIDE: gl.constexpr = 1 if SPLIT else 2
     K_STEPS: gl.constexpr = triton.cdiv(K, GROUP)
     HALVES: gl.constexpr = GATED and not INTERLEAVED
-    WEIGHT_ROWS: gl.constexpr = 2 * N if GATED else N
-    # Where a block of weights ends within the up half, whose first row need not be a block's first.
-    CUT: gl.constexpr = GROUP - N % GROUP if HALVES else GROUP
-    # Tiles of the up GEMM that would keep too much through the turns for their epilogue, and spill in Triton 3.9: they
-    # compute or load once more what others keep.
-    LEAN: gl.constexpr = TOP_K != 0 and (CUT != GROUP or not GATED)
+    CUT: gl.constexpr = cut(N, HALVES)
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, GROUP, 32])
+    ROW: gl.constexpr = gl.SliceLayout(1, LAYOUT)
     before_cut = (gl.arange(0, GROUP, gl.SliceLayout(0, LAYOUT)) < CUT)[None, :]
     zero = gl.zeros((CONSUMER_ROWS, GROUP), gl.float32, LAYOUT)
     num_m = gl.load(num_padded_ptr) // BLOCK_M
@@ -94,27 +100,6 @@ def _consume(CONSUMER: gl.constexpr, rows_ring, weights_ring, out_smem, out_desc
     if SPLIT and CONSUMER == 1:
         _pass_turn(0)
     while number < num_m * NUM_N:
-        expert = gl.load(tile_experts_ptr + block_m).to(gl.int64)
-        row = block_m * BLOCK_M + (CONSUMER * CONSUMER_ROWS if SPLIT else 0)
-        rows = row + gl.arange(0, CONSUMER_ROWS, gl.SliceLayout(1, LAYOUT))
-        row_mask = rows >= 0
-        if TOP_K:
-            routes = gl.load(sorted_routes_ptr + rows)
-            row_mask = routes < num_routes
-            rows = routes // TOP_K
-        first = weight_row(block_n, 0, N, HALVES)
-        second = weight_row(block_n, 1, N, HALVES)
-        expert_scale_ptr = weight_scale_ptr + expert * stride_we
-        ptr0 = expert_scale_ptr + (first // GROUP).to(gl.int64) * stride_wn
-        ptr1 = expert_scale_ptr + (second // GROUP).to(gl.int64) * stride_wn
-        # Rows of weights that do not exist are zeros, and so are their scales.
-        row_scale = gl.load(row_scale_ptr + rows.to(gl.int64) * stride_sm, mask=row_mask, other=0.0)
-        scale0 = _weight_scale(ptr0, a, first < WEIGHT_ROWS)
-        scale1 = _weight_scale(ptr1, a, second < WEIGHT_ROWS)
-        scale2 = _weight_scale(ptr1 + stride_wn, a, second + CUT < WEIGHT_ROWS)
-        factor0 = row_scale * scale0
-        factor1 = factor0
-        factor2 = factor0
         acc0 = gl.zeros((CONSUMER_ROWS, GROUP), gl.float32, LAYOUT)
         acc1 = gl.zeros((CONSUMER_ROWS, GROUP), gl.float32, LAYOUT)
         # Not `= a`: Triton 3.6 does not carry a name that has the same value before a loop and first in it.
@@ -123,59 +108,54 @@ def _consume(CONSUMER: gl.constexpr, rows_ring, weights_ring, out_smem, out_desc
         mbarrier.wait(rows_full.index(ROWS_BARRIER + a), a_phase)
         if not SPLIT:
             mbarrier.wait(weights_full.index(WEIGHTS_FIRST + b), b_phase)
-        # The branches on `half` keep the assembler from moving the additions of one turn below the wgmma of the next
-        # one: two partial sums at a time do not fit into the registers.
-        for turn in range(2 * K_STEPS):
-            half = turn & 1
-            more = turn + 1 < 2 * K_STEPS
-            weights = weights_smem.index(2 * a + half if SPLIT else WEIGHTS_FIRST + b)
-            weights = weights.reshape((GROUP, GROUP)).permute((1, 0))
-            if SPLIT:
-                _take_turn(CONSUMER)
-            pending = warpgroup_mma(rows_smem.index(ROWS_FIRST + a), weights, zero, use_acc=False, is_async=True)
-            if SPLIT:
-                _pass_turn(1 - CONSUMER)
-            else:
-                mbarrier.arrive(weights_empty.index(WEIGHTS_FIRST + read_b), count=1, pred=turn > 0)
-                read_b = b
-                b, b_phase = next_place(b, b_phase, WEIGHTS_STAGES)
-                mbarrier.wait(weights_full.index(WEIGHTS_FIRST + b), b_phase, pred=more)
-            if half == 0:
-                mbarrier.arrive(rows_empty.index(ROWS_BARRIER + read_a), count=1, pred=turn > 0)
-                read_a = a
-                factor1 = row_scale * scale1
-                if CUT != GROUP:
-                    factor2 = row_scale * scale2
-                # The last K step asks for its own scales once more. Addresses are not kept: registers are dearer.
-                group = gl.minimum(turn // 2 + 1, K_STEPS - 1).to(gl.int64)
-                group_ptrs = row_scale_ptr + (rows + _zero(a)).to(gl.int64) * stride_sm + group * stride_sg
-                row_scale = gl.load(group_ptrs, mask=row_mask, other=0.0)
-                scale0 = _weight_scale(ptr0 + group * stride_wk, a, first < WEIGHT_ROWS)
-                scale1 = _weight_scale(ptr1 + group * stride_wk, a, second < WEIGHT_ROWS)
-                if CUT != GROUP:
-                    scale2 = _weight_scale(ptr1 + stride_wn + group * stride_wk, a, second + CUT < WEIGHT_ROWS)
-            else:
-                a, a_phase = next_place(a, a_phase, ROWS_STAGES)
-                mbarrier.wait(rows_full.index(ROWS_BARRIER + a), a_phase, pred=more)
-                factor0 = row_scale * scale0
-            partial = warpgroup_mma_wait(0, deps=(pending,))
-            if half == 0:
-                acc0 += partial * factor0[:, None]
-            else:
-                factor = factor1[:, None]
-                if CUT != GROUP:
-                    factor = gl.where(before_cut, factor, factor2[:, None])
-                acc1 += partial * factor
+        for k_step in range(K_STEPS):
+            for half in gl.static_range(2):
+                box = 2 * a + half if SPLIT else WEIGHTS_FIRST + b
+                weights = weights_smem.index(box).reshape((GROUP, GROUP)).permute((1, 0))
+                if SPLIT:
+                    _take_turn(CONSUMER)
+                pending = warpgroup_mma(rows_smem.index(ROWS_FIRST + a), weights, zero, use_acc=False, is_async=True)
+                if half == 0:
+                    row_scale = row_scales.index(ROWS_FIRST + a).load(ROW)
+                    there = _there(a)
+                if SPLIT:
+                    _pass_turn(1 - CONSUMER)
+                scales = weight_scales.index(box)
+                factor = _product(row_scale, scales.slice(0, 1).load(ROW))[:, None]
+                if half == 1 and CUT != GROUP:
+                    after_cut = _product(row_scale, scales.slice(1, 1).load(ROW))[:, None]
+                    factor = gl.where(before_cut, factor, after_cut)
+                # What the turn before this one has read is given back, and what the next one reads is waited for.
+                if not SPLIT:
+                    mbarrier.arrive(weights_empty.index(WEIGHTS_FIRST + read_b), count=1, pred=k_step + half > 0)
+                    read_b = b
+                    b, b_phase = next_place(b, b_phase, WEIGHTS_STAGES)
+                    more = k_step + half < K_STEPS
+                    mbarrier.wait(weights_full.index(WEIGHTS_FIRST + b), b_phase, pred=more)
+                if half == 1:
+                    # Both here: with either in the first half, all threads would meet before its wgmma.
+                    mbarrier.arrive(rows_empty.index(ROWS_BARRIER + read_a), count=1, pred=k_step > 0)
+                    read_a = a
+                    a, a_phase = next_place(a, a_phase, ROWS_STAGES)
+                    mbarrier.wait(rows_full.index(ROWS_BARRIER + a), a_phase, pred=k_step + 1 < K_STEPS)
+                partial = warpgroup_mma_wait(0, deps=(pending,))
+                # A branch that is always taken keeps the assembler from moving the additions of one turn below the
+                # wgmma of the next one: two partial sums at a time do not fit into the registers.
+                if there:
+                    if half == 0:
+                        acc0 += partial * factor
+                    else:
+                        acc1 += partial * factor
         if not SPLIT:
             mbarrier.arrive(weights_empty.index(WEIGHTS_FIRST + read_b), count=1)
         mbarrier.arrive(rows_empty.index(ROWS_BARRIER + read_a), count=1)
-        if LEAN:
-            row += _zero(a)
+        expert = gl.load(tile_experts_ptr + block_m).to(gl.int64)
+        row = block_m * BLOCK_M + (CONSUMER * CONSUMER_ROWS if SPLIT else 0)
+        first = weight_row(block_n, 0, N, HALVES)
+        second = weight_row(block_n, 1, N, HALVES)
         store_groups(acc0, acc1, out_smem.index(CONSUMER), out_desc, epilogue, expert, row, block_n, first, second, N,
                      GATED, INTERLEAVED, ACTIVATION, HAS_LIMIT, DTYPE)  # fmt: skip
         step += STRIDE
-        if LEAN:
-            num_m = gl.load(num_padded_ptr) // BLOCK_M
         number, block_m, block_n = tile(step, num_m, NUM_N, GROUP_M)
     if SPLIT and CONSUMER == 0:
         _take_turn(0)
@@ -183,23 +163,15 @@ def _consume(CONSUMER: gl.constexpr, rows_ring, weights_ring, out_smem, out_desc
 
 
 @gluon.jit
-def _zero(stage):
-    """0, from a stage: the compiler, which does not know, takes nothing that it is added to out of the loop."""
-    return stage >> 31
+def _there(stage):
+    """True, which the compiler does not know."""
+    return stage >= 0
 
 
 @gluon.jit
-def _weight_scale(ptr, stage, exists):
-    """A weight's scale, asked for by every thread by itself.
-
-    What all threads are known to have in common goes to a register that a warp shares, and a warp waits for a load into
-    one at once, instead of a K step later. So to the address is added a 0 of the thread's own, from a stage.
-    """
-    own = gl.inline_asm_elementwise(
-        "{ .reg .b32 t; mov.u32 t, %laneid; add.s32 t, t, $1; shr.u32 $0, t, 31; }", "=r,r", [stage], dtype=gl.int32,
-        is_pure=True, pack=1,
-    )  # fmt: skip
-    return gl.load(ptr + own, mask=exists, other=0.0).to(gl.float32)
+def _product(a, b):
+    """a * b, and not later: it and its loads would be moved behind the wait, into the branch of the additions."""
+    return gl.inline_asm_elementwise("mul.f32 $0, $1, $2;", "=f,f,f", [a, b], dtype=gl.float32, is_pure=False, pack=1)
 
 
 # A consumer starts its wgmma when the other one has started those of its own turn: what comes first is done first, and
@@ -251,7 +223,6 @@ def blockscaled_kernel(
     HALVES: gl.constexpr = GATED and not INTERLEAVED
     GATHER: gl.constexpr = x_ptr is not None
     SPLIT: gl.constexpr = BLOCK_M == 2 * CONSUMER_ROWS
-    ROUTES: gl.constexpr = TOP_K if GATHER else 0
     REGISTERS: gl.constexpr = _UP_REGISTERS if GATHER else _DOWN_REGISTERS
     ROWS_DTYPE: gl.constexpr = x_ptr.dtype.element_ty if GATHER else rows_desc.dtype
     ROWS_LAYOUT: gl.constexpr = gl.NVMMASharedLayout(128, 8, 2)
@@ -260,6 +231,9 @@ def blockscaled_kernel(
     ROWS_STAGES: gl.constexpr = DEPTH if SPLIT else _ROWS_STAGES
     rows_smem = gl.allocate_shared_memory(ROWS_DTYPE, [2 * ROWS_STAGES, CONSUMER_ROWS, GROUP], ROWS_LAYOUT)
     weights_smem = gl.allocate_shared_memory(weights_desc.dtype, [2 * DEPTH, 1, GROUP, GROUP], weights_desc.layout)
+    LINE: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    row_scales = gl.allocate_shared_memory(gl.float32, [2 * ROWS_STAGES, CONSUMER_ROWS], LINE)
+    weight_scales = gl.allocate_shared_memory(gl.float32, [2 * DEPTH, HALF_SCALES], LINE)
     out_smem = gl.allocate_shared_memory(out_desc.dtype, [2] + out_desc.block_shape, out_desc.layout)
     RINGS: gl.constexpr = 1 if SPLIT else 2
     rows_full = gl.allocate_shared_memory(gl.int64, [RINGS * ROWS_STAGES, 1], BARRIER)
@@ -277,23 +251,24 @@ def blockscaled_kernel(
             mbarrier.init(weights_empty.index(i), count=1)
     fence_async_shared()
     block_barrier()
-    rows_ring = (rows_smem, rows_full, rows_empty)
-    weights_ring = (weights_smem, weights_full, weights_empty)
-    scales = (row_scale_ptr, stride_sm, stride_sg, weight_scale_ptr, stride_we, stride_wn, stride_wk)
+    rows_ring = (rows_smem, row_scales, rows_full, rows_empty)
+    weights_ring = (weights_smem, weight_scales, weights_full, weights_empty)
+    of_rows = (row_scale_ptr, stride_sm, stride_sg)
+    of_weights = (weight_scale_ptr, stride_we, stride_wn, stride_wk)
     epilogue = (sorted_routes_ptr, tile_experts_ptr, num_routes, bias_ptr, stride_be, router_weights_ptr, act_scale_ptr,
                 stride_am, stride_ag, alpha, limit)  # fmt: skip
     # Constexprs must stand in the tuples at the call: a tuple in a variable would turn them into tensors.
     gl.warp_specialize([
-        (_consume, (0, rows_ring, weights_ring, out_smem, out_desc, scales, epilogue, num_padded_ptr, N, K, NUM_N,
-                    GROUP_M, ROUTES, GATED, INTERLEAVED, ACTIVATION, HAS_LIMIT, DTYPE, BLOCK_M, SPLIT)),
-        (_consume, (1, rows_ring, weights_ring, out_smem, out_desc, scales, epilogue, num_padded_ptr, N, K, NUM_N,
-                    GROUP_M, ROUTES, GATED, INTERLEAVED, ACTIVATION, HAS_LIMIT, DTYPE, BLOCK_M, SPLIT)),
-        (fill_rows, (0, rows_ring, x_ptr, stride_xm, rows_desc, sorted_routes_ptr, num_padded_ptr, num_routes, K, NUM_N,
-                 GROUP_M, TOP_K, BLOCK_M, SPLIT, PROXY_FENCE)),
-        (fill_rows, (1, rows_ring, x_ptr, stride_xm, rows_desc, sorted_routes_ptr, num_padded_ptr, num_routes, K, NUM_N,
-                 GROUP_M, TOP_K, BLOCK_M, SPLIT, PROXY_FENCE)),
-        (fill_weights, (0, weights_ring, weights_desc, tile_experts_ptr, num_padded_ptr, progress_ptr, N, K, NUM_N,
-                    GROUP_M, HALVES, BLOCK_M, SPLIT)),
-        (fill_weights, (1, weights_ring, weights_desc, tile_experts_ptr, num_padded_ptr, progress_ptr, N, K, NUM_N,
-                    GROUP_M, HALVES, BLOCK_M, SPLIT)),
+        (_consume, (0, rows_ring, weights_ring, out_smem, out_desc, epilogue, num_padded_ptr, N, K, NUM_N, GROUP_M,
+                    GATED, INTERLEAVED, ACTIVATION, HAS_LIMIT, DTYPE, BLOCK_M, SPLIT)),
+        (_consume, (1, rows_ring, weights_ring, out_smem, out_desc, epilogue, num_padded_ptr, N, K, NUM_N, GROUP_M,
+                    GATED, INTERLEAVED, ACTIVATION, HAS_LIMIT, DTYPE, BLOCK_M, SPLIT)),
+        (fill_rows, (0, rows_ring, x_ptr, stride_xm, rows_desc, of_rows, sorted_routes_ptr, num_padded_ptr, num_routes,
+                     K, NUM_N, GROUP_M, TOP_K, BLOCK_M, SPLIT, PROXY_FENCE)),
+        (fill_rows, (1, rows_ring, x_ptr, stride_xm, rows_desc, of_rows, sorted_routes_ptr, num_padded_ptr, num_routes,
+                     K, NUM_N, GROUP_M, TOP_K, BLOCK_M, SPLIT, PROXY_FENCE)),
+        (fill_weights, (0, weights_ring, weights_desc, of_weights, tile_experts_ptr, num_padded_ptr, progress_ptr, N, K,
+                        NUM_N, GROUP_M, GATED, HALVES, BLOCK_M, SPLIT)),
+        (fill_weights, (1, weights_ring, weights_desc, of_weights, tile_experts_ptr, num_padded_ptr, progress_ptr, N, K,
+                        NUM_N, GROUP_M, GATED, HALVES, BLOCK_M, SPLIT)),
     ], [4, 1, 1, 1, 1], [REGISTERS[0], REGISTERS[1], REGISTERS[1], REGISTERS[1], REGISTERS[1]])  # fmt: skip

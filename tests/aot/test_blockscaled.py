@@ -64,7 +64,7 @@ def quantized(num_rows, columns):
 
 # Bytes that the up GEMM may spill, and in Triton 3.9 does: what an epilogue of two groups of columns keeps of the
 # launch and the tile, stored once and loaded a few times a tile, outside the turns.
-SPILLS = {("gelu_no_gate", 64): 308, ("relu2_no_gate", 64): 316}
+SPILLS = {("gelu_no_gate", 64): 220, ("relu2_no_gate", 64): 136}
 # One row block for both consumers changes nothing in the epilogue: a few variants show the rest.
 CASES = [*((name, 64) for name in VARIANTS), *((name, 128) for name in ("plain", "straddling_blocks", "interleaved"))]
 # What they compute is tested where the kernel is emulated.
@@ -81,16 +81,19 @@ def test_variants(name, block_m):
         assert not kernel.serialized
         assert kernel.registers == REGISTERS_AT_ENTRY
         assert kernel.shared_memory <= 227 * KIB
-        # Two consumers with one loop each, of one half a turn: four instructions.
-        assert kernel.count(f"wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.{weights}") == 8
-        assert kernel.count("wgmma.mma_async") == 8
+        # Two consumers with one loop each, of a turn for either half of it: four instructions.
+        assert kernel.count(f"wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.{weights}") == 16
+        assert kernel.count("wgmma.mma_async") == 16
         assert kernel.count("cp.async.bulk.tensor.3d.shared") > 0 < kernel.count("cp.async.bulk.tensor.2d.global")
         # Consumers that share their ring take turns.
         assert (kernel.count("bar.arrive") > 0) == (block_m == 128)
     # The up GEMM gathers by 16 bytes and quantises, the down GEMM takes its rows by TMA.
     assert up.count("cp.async.cg.shared.global") > 0 < up.count("cp.async.wait_group")
-    assert up.count("cp.async.ca") == up.count("cp.async.bulk.tensor.2d.shared") == 0
-    assert down.count("cp.async.cg") == 0 < down.count("cp.async.bulk.tensor.2d.shared")
+    assert up.count("cp.async.bulk.tensor.2d.shared") == 0 == down.count("cp.async.cg")
+    assert down.count("cp.async.bulk.tensor.2d.shared") > 0
+    # Only scales of rows are copied by 4 bytes, two a thread.
+    assert up.count("cp.async.ca") % 2 == 0 == down.count("cp.async.ca") % 2
+    assert up.count("cp.async.ca.shared.global [") >= 4 <= down.count("cp.async.ca.shared.global [")
     assert up.count("cvt.rn.satfinite.e4m3x2.f32") > 0 == down.count("cvt.rn.satfinite.e4m3x2.f32")
 
 

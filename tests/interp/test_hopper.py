@@ -229,9 +229,26 @@ def test_bench_times_a_variant_by_its_name():
             own_call(args, "pingpong")()
 
 
-def test_rows_of_128_are_two_consumers():
-    args = quantized_case("fp8_block", torch.bfloat16, num_tokens=60, hidden=288)
-    config = tuple(TileConfig(128, columns, 128, 16, 4, 5) for columns in (128, 256))
+@pytest.mark.parametrize(
+    ("name", "options"),
+    params(
+        [
+            ("fp8_block", {"hidden": 288}),
+            ("fp8_block", {"hidden": 64, "scale_dtype": torch.bfloat16}),
+            ("fp8_block_given", {"hidden": 288, "intermediate": 272, **OPTIONS["biases_interleaved"]}),
+            ("fp8_block", {"hidden": 1040, "intermediate": 144, "scale_dtype": torch.float16, "routing": "one_expert"}),
+            ("fp8_block", OPTIONS["router_weight_on_input"]),
+            ("fp8_block", OPTIONS["silu_no_gate"]),
+        ],
+        [("fp8_block", {"hidden": 288}), ("fp8_block", {"hidden": 64, "scale_dtype": torch.bfloat16})],
+    ),
+    ids=str,
+)
+def test_rows_of_128_are_two_consumers(name, options):
+    """One K step and many, blocks that gate and up share, scales of 16 bits."""
+    args = quantized_case(name, torch.bfloat16, num_tokens=60, **options)
+    gated = make_problem(args).activation.gated
+    config = tuple(TileConfig(128, columns, 128, 16, 4, 5) for columns in (128 if gated else 256, 256))
     assert_correct(emulated(args, "blockscaled", config=config), args)
 
 

@@ -78,21 +78,29 @@ HOPPER_MUTATIONS = [
     ),
     Mutation(
         "blockscaled_rows_full_parity", "blockscaled",
-        "mbarrier.wait(rows_full.index(ROWS_BARRIER + a), a_phase, pred=more)",
-        "mbarrier.wait(rows_full.index(ROWS_BARRIER + a), a_phase ^ 1, pred=more)",
+        "mbarrier.wait(rows_full.index(ROWS_BARRIER + a), a_phase, pred=k_step + 1 < K_STEPS)",
+        "mbarrier.wait(rows_full.index(ROWS_BARRIER + a), a_phase ^ 1, pred=k_step + 1 < K_STEPS)",
         "rows are multiplied before they are there", "blockscaled many K steps",
     ),
     Mutation(
-        "blockscaled_promotion_lost", "blockscaled", "acc0 += partial * factor0",
-        "acc0 = partial * factor0", "only the last 128 columns count", "blockscaled fp8_block",
+        "blockscaled_promotion_lost", "blockscaled", "acc0 += partial * factor",
+        "acc0 = partial * factor", "only the last 128 columns count", "blockscaled fp8_block",
     ),
     Mutation(
-        "blockscaled_scale_of_the_other_half", "blockscaled", "factor = factor1[:, None]",
-        "factor = factor0[:, None]", "the up half by the scale of the gate's", "blockscaled fp8_block",
+        "blockscaled_scale_of_the_other_half", "rings", "store((scales1 if half else scales0)",
+        "store((scales0)", "the up half by the scale of the gate's", "blockscaled fp8_block",
     ),
     Mutation(
-        "blockscaled_cut_ignored", "blockscaled", "gl.where(before_cut, factor, factor2[:, None])",
-        "factor", "the up half by the scale of the block that it begins in", "blockscaled fp8_block",
+        "blockscaled_scales_of_the_first_group", "rings", "            scale_ptrs += stride_sg\n", "",
+        "rows have one scale for all of K", "blockscaled fp8_block",
+    ),
+    Mutation(
+        "blockscaled_scales_a_step_late", "rings", "                scales1 = next1\n", "",
+        "the second half has the scales of the first K step", "blockscaled fp8_block",
+    ),
+    Mutation(
+        "blockscaled_cut_ignored", "blockscaled", "factor = gl.where(before_cut, factor, after_cut)", "pass",
+        "the up half by the scale of the block that it begins in", "blockscaled fp8_block",
     ),
     Mutation(
         "act_divided_by_a_given_zero", "pingpong", "given_scale(gl.load(out_scale_ptr + expert * stride_oe))",
@@ -241,8 +249,8 @@ RACES = [
     ),
     Mutation(
         "blockscaled_rows_given_back_too_early", "blockscaled",
-        "mbarrier.arrive(rows_empty.index(ROWS_BARRIER + read_a), count=1, pred=turn > 0)",
-        "mbarrier.arrive(rows_empty.index(ROWS_BARRIER + a), count=1, pred=turn > 0)",
+        "mbarrier.arrive(rows_empty.index(ROWS_BARRIER + read_a), count=1, pred=k_step > 0)",
+        "mbarrier.arrive(rows_empty.index(ROWS_BARRIER + a), count=1, pred=k_step > 0)",
         "rows are overwritten while wgmma may read them", "blockscaled many K steps",
     ),
     Mutation(

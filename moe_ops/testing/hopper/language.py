@@ -228,9 +228,10 @@ class Language:
     def _init(self, barrier: Barrier, count: int) -> None:
         barrier.init(count)
 
-    def _expect(self, barrier: Barrier, bytes: int) -> None:
-        barrier.transact(int(bytes))
-        barrier.arrive()
+    def _expect(self, barrier: Barrier, bytes: int, pred: Any = True) -> None:
+        if pred:
+            barrier.transact(int(bytes))
+            barrier.arrive()
         self._machine.pause()
 
     def _arrive(self, barrier: Barrier, count: int = 1, pred: Any = True) -> None:
