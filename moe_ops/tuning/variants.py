@@ -20,8 +20,8 @@ VARIANTS = ("direct", "sorted", "pingpong", "blockscaled", "packed", "mixed")
 _PINGPONG_ROWS = 64
 # The same for fp8: the general kernel has its scales in the way, and more so the more rows there are.
 _QUANTIZED_ROWS = 16
-# Weights of one token's routes up to which quantised ones are multiplied without a sort.
-_DIRECT_WEIGHTS = 60_000_000
+# Weights of one token's routes up to which quantised ones are multiplied without a sort, and where "packed" takes them.
+_DIRECT_WEIGHTS, _DIRECT_PACKED_WEIGHTS = 60_000_000, 15_000_000
 # The same up to which the kernel for packed weights is: it spends its time on making numbers of them, not on products.
 _PACKED_ROWS = 16
 # The same up to which its row blocks are of 8: half the padding, and half the copies. Twice as many scatter too widely.
@@ -35,7 +35,7 @@ _PACKED_STAGES = 8
 _MIXED_ROWS = {"int8_w8a16": 16, "int4_w4a16": 20, "mxfp4_w4a16": 16}
 _MIXED_FEW_ROWS = 48
 # Rows an expert can expect above which the block-scaled kernel's row block is 128: less traffic, but more padding.
-_BLOCKSCALED_SPLIT_ROWS = 400
+_BLOCKSCALED_SPLIT_ROWS = 240
 
 
 def expected_rows(problem: Problem) -> float:
@@ -52,7 +52,8 @@ def choose_variant(problem: Problem, device: Device, path: str, *, batch_invaria
     """
     if batch_invariant:
         return "sorted"
-    if problem.num_tokens == 1 and problem.w1_strides[2] == 1 == problem.w2_strides[2] and _few_weights(problem):
+    k_major = problem.w1_strides[2] == 1 == problem.w2_strides[2]
+    if problem.num_tokens == 1 and k_major and _few_weights(problem, device, path):
         return "direct"
     if expected_rows(problem) > (_QUANTIZED_ROWS if problem.scheme.quantized else _PINGPONG_ROWS):
         for variant in ("pingpong", "blockscaled"):
@@ -66,15 +67,16 @@ def choose_variant(problem: Problem, device: Device, path: str, *, batch_invaria
     return "sorted"
 
 
-def _few_weights(problem: Problem) -> bool:
+def _few_weights(problem: Problem, device: Device, path: str) -> bool:
     """Whether matrix-vector products of all routes cost less than the launches of the others.
 
-    Threads that make numbers of quantised weights, and not the memory, set their pace.
+    Threads that make numbers of quantised weights, and not the memory, set their pace: that of "packed" is higher.
     """
     if not problem.scheme.quantized:
         return True
     weights = problem.top_k * problem.hidden_size * (problem.w1_rows + problem.intermediate_size)
-    return weights <= _DIRECT_WEIGHTS
+    packed = variant_obstacle("packed", problem, device, path) is None
+    return weights <= (_DIRECT_PACKED_WEIGHTS if packed else _DIRECT_WEIGHTS)
 
 
 def variant_obstacle(variant: str, problem: Problem, device: Device, path: str) -> str | None:

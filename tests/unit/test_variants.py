@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import pytest
+import torch
 
 from moe_ops.dispatch import Override, make_plan, override
 from moe_ops.tuning.heuristics import row_group
@@ -37,6 +38,26 @@ def test_tiles_of_pingpong_follow_the_device():
     # A short reduction, and few rows.
     assert groups(4096, 768, 132) == (22, 16)
     assert groups(1024, 2048, 132) == (16, 16)
+
+
+@pytest.mark.parametrize("name", ["int4_w4a16", "mxfp4_w4a16", "int8_w8a16"])
+def test_one_token_of_quantised_weights(name):
+    """Making numbers sets the pace of matrix-vector products, and where "packed" runs, it makes them faster."""
+
+    def variant(device, i):
+        each, group = (1, 32) if name == "int8_w8a16" else (2, 32)
+        dtype = torch.int8 if name == "int8_w8a16" else torch.uint8
+        weights = [torch.empty(8, n, k // each, dtype=dtype, device="meta") for n, k in ((2 * i, 1024), (1024, i))]
+        scale = torch.uint8 if name == "mxfp4_w4a16" else torch.float32
+        scales = [torch.empty(*w.shape[:2], w.shape[2] * each // group, dtype=scale, device="meta") for w in weights]
+        call = problem(1, 1024, i, 8, 8, torch.bfloat16, *weights, w1_scale=scales[0], w2_scale=scales[1],
+                       quantization=name, block_shape=(0, group) if name != "mxfp4_w4a16" else None)  # fmt: skip
+        return make_plan(call, device).variant
+
+    few, some, many = 512, 2304, 3072
+    assert [variant(A100, i) for i in (few, some, many)] == ["direct", "direct", "sorted"]
+    theirs = ["direct", "sorted"] if name == "int8_w8a16" else ["packed", "packed"]
+    assert [variant(H200, i) for i in (few, some, many)] == ["direct", *theirs]
 
 
 def test_pingpong_is_for_hopper_and_tma():
