@@ -134,6 +134,7 @@ all_steps() {
     step whole-op-bf16 120 1 "${bench[@]}" --stages --variant tma --variant classic --variant grouped_mm
     step fp8-block 90 1 "${bench[@]}" --format fp8_block --variant tma --stages
     step fp8-channel 90 1 "${bench[@]}" --format fp8_channel --variant tma --stages
+    step fp8-static 90 1 "${bench[@]}" --format fp8_tensor_static --variant tma --stages
     step skew-bf16 60 1 "${bench[@]}" --variant tma "${skew[@]}" --routing uniform --routing zipf --routing one --routing sparse
     step weights-bf16 60 1 "${bench[@]}" --variant tma "${few[@]}"
     step int8-weights 60 1 "${bench[@]}" --format int8_weights --variant tma "${few[@]}"
