@@ -1,5 +1,7 @@
 """Quantised calls on the GPU: every format on every path and variant, options, hard rows."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -9,6 +11,7 @@ from moe_ops.reference import fused_moe_reference
 from moe_ops.testing import assert_correct, assert_exact, errors, override, poisoned_memory
 from moe_ops.testing.emulator import emulate
 from moe_ops.tuning import VARIANTS, variant_obstacle
+from moe_ops.tuning.variants import blockscaled_tiles, pingpong_tiles
 from tests.cases import OPTIONS, run
 from tests.quantized import (
     FORMATS,
@@ -86,11 +89,18 @@ def test_option(name, option, dtype):
 
 @pytest.mark.parametrize("name", ["fp8_channel", "fp8_block", "fp8_static"])
 @pytest.mark.parametrize("option", [name for name in OPTIONS if "n_major" not in name and "tails" not in name])
-def test_option_of_the_prefill_kernels(name, option):
+@pytest.mark.parametrize("block_m", [64, 128])
+def test_option_of_the_prefill_kernels(name, option, block_m):
+    """Consumers with tiles of their own, and with tiles that they share."""
     args = quantized_case(name, torch.bfloat16, "cuda", **{"num_tokens": 300, **OPTIONS[option]})
     variant = "blockscaled" if name == "fp8_block" else "pingpong"
     skip_unless_it_runs(args, "tma", variant)
-    with override(path="tma", variant=variant), poisoned_memory():
+    problem = make_problem(args)
+    if name == "fp8_block":
+        config = tuple(replace(tile, block_m=block_m) for tile in blockscaled_tiles(problem))
+    else:
+        config = pingpong_tiles(problem, block_m)
+    with override(path="tma", variant=variant, config=config), poisoned_memory():
         out = run(args)
     assert_correct(out, args)
 

@@ -68,6 +68,14 @@ HOPPER_MUTATIONS = [
         "pingpong last columns",
     ),
     Mutation(
+        "rows_of_the_first_consumer", "pingpong", "slice(FIRST_ROW, _CONSUMER_ROWS)", "slice(0, _CONSUMER_ROWS)",
+        "both consumers multiply the first 64 rows of a tile that they share", "pingpong shared tiles",
+    ),
+    Mutation(
+        "shared_stage_given_back_by_one", "pingpong", "count=BLOCK_M // _CONSUMER_ROWS)", "count=1)",
+        "a stage that both consumers read is filled when one has read it", "pingpong shared tiles",
+    ),
+    Mutation(
         "bias_past_n", "epilogue", "mask=columns < N, other=0.0", "mask=columns < N - 1, other=0.0",
         "the last column has no bias", "pingpong biases_interleaved",
     ),
