@@ -63,8 +63,8 @@ HOPPER_MUTATIONS = [
         "a tile multiplies with the expert of the tile before", "pingpong many K steps",
     ),
     Mutation(
-        "last_columns_stored_elsewhere", "pingpong", "block_m, first_column(block_n, N, BLOCK_N), N,",
-        "block_m, block_n * BLOCK_N, N,", "the last tile is stored where one of whole columns would be",
+        "last_columns_stored_elsewhere", "pingpong", "row, first_column(block_n, N, BLOCK_N),",
+        "row, block_n * BLOCK_N,", "the last tile is stored where one of whole columns would be",
         "pingpong last columns",
     ),
     Mutation(
