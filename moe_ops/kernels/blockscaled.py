@@ -49,9 +49,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from moe_ops.kernels.compat import block_barrier
 from moe_ops.kernels.epilogue import store_groups
-from moe_ops.kernels.persistent import tile
+from moe_ops.kernels.persistent import CONSUMER_ROWS, tile
 from moe_ops.kernels.rings import (
-    CONSUMER_ROWS,
     GROUP,
     HALF_SCALES,
     cut,
@@ -133,7 +132,7 @@ def _consume(CONSUMER: gl.constexpr, rows_ring, weights_ring, out_smem, out_desc
                     more = k_step + half < K_STEPS
                     mbarrier.wait(weights_full.index(WEIGHTS_FIRST + b), b_phase, pred=more)
                 if half == 1:
-                    # Both here: with either in the first half, all threads would meet before its wgmma.
+                    # Both here: with the first in the other half, all threads would meet before this half's wgmma too.
                     mbarrier.arrive(rows_empty.index(ROWS_BARRIER + read_a), count=1, pred=k_step > 0)
                     read_a = a
                     a, a_phase = next_place(a, a_phase, ROWS_STAGES)

@@ -10,6 +10,8 @@ after every stretch of their loads.
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+# Rows that a consumer multiplies: those of one wgmma.
+CONSUMER_ROWS = gl.constexpr(64)
 # K steps of a stretch.
 STRETCH = gl.constexpr(16)
 # How often a program asks whether the others are as far; each time takes the better part of a microsecond.

@@ -55,11 +55,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from moe_ops.kernels.activation import activate_gated, nonlinearity
 from moe_ops.kernels.compat import block_barrier, cp_async, tma_load
 from moe_ops.kernels.epilogue import affine, halves, quantize, rounded, store_box
-from moe_ops.kernels.persistent import PATIENCE, first_column, load_step, tile
+from moe_ops.kernels.persistent import CONSUMER_ROWS, PATIENCE, first_column, load_step, tile
 from moe_ops.kernels.quantize import given_scale
 
-# Rows that a consumer multiplies.
-_CONSUMER_ROWS = gl.constexpr(64)
 # More warps than 12 would cap a thread at 128 registers when the program starts, too few for wgmma of 256 columns.
 _GATHER_WARPS = gl.constexpr(2)
 # Registers of the threads of consumer 1, and of _gather and _load with 64 rows and with 128; consumer 0 gets the rest.
@@ -183,8 +181,8 @@ def _consume(CONSUMER: gl.constexpr, ring, turn, out_smem, out_desc, row_scales,
     rows_smem, weights_smem, full, empty = ring
     STAGES: gl.constexpr = rows_smem.shape[0]
     BLOCK_M: gl.constexpr = rows_smem.shape[1]
-    SHARED: gl.constexpr = BLOCK_M == 2 * _CONSUMER_ROWS
-    FIRST_ROW: gl.constexpr = CONSUMER * _CONSUMER_ROWS if SHARED else 0
+    SHARED: gl.constexpr = BLOCK_M == 2 * CONSUMER_ROWS
+    FIRST_ROW: gl.constexpr = CONSUMER * CONSUMER_ROWS if SHARED else 0
     BLOCK_K: gl.constexpr = rows_smem.shape[2]
     COLUMNS: gl.constexpr = weights_smem.shape[3 if N_MAJOR else 2]
     BLOCK_N: gl.constexpr = COLUMNS // 2 if GATED else COLUMNS
@@ -203,7 +201,7 @@ def _consume(CONSUMER: gl.constexpr, ring, turn, out_smem, out_desc, row_scales,
             scales = _row_scales(row_scales, block_m, row, TOP_K, LAYOUT)
         if not SHARED:
             mbarrier.wait(turn.index(CONSUMER), (1 - CONSUMER) ^ ((step // 2) & 1))
-        acc = gl.zeros((_CONSUMER_ROWS, COLUMNS), gl.float32, LAYOUT)
+        acc = gl.zeros((CONSUMER_ROWS, COLUMNS), gl.float32, LAYOUT)
         for k_step in range(K_STEPS):
             index = first + k_step
             stage = index % STAGES
@@ -216,7 +214,7 @@ def _consume(CONSUMER: gl.constexpr, ring, turn, out_smem, out_desc, row_scales,
                 weights = weights_smem.index(stage).reshape((BLOCK_K, COLUMNS))
             else:
                 weights = weights_smem.index(stage).reshape((COLUMNS, BLOCK_K)).permute((1, 0))
-            rows = rows_smem.index(stage).slice(FIRST_ROW, _CONSUMER_ROWS)
+            rows = rows_smem.index(stage).slice(FIRST_ROW, CONSUMER_ROWS)
             pending = warpgroup_mma(rows, weights, acc, use_acc=k_step > 0, is_async=True)
             acc = warpgroup_mma_wait(1, deps=(pending,))
             if k_step > 0:
@@ -240,7 +238,7 @@ def _row_scales(row_scales, block_m, row, TOP_K: gl.constexpr, LAYOUT: gl.conste
     (scale_ptr, stride_sm, stride_se, weight_scale_ptr, stride_we, sorted_routes_ptr, tile_experts_ptr,
      num_routes) = row_scales  # fmt: skip
     expert = gl.load(tile_experts_ptr + block_m).to(gl.int64)
-    rows = row + gl.arange(0, _CONSUMER_ROWS, gl.SliceLayout(1, LAYOUT))
+    rows = row + gl.arange(0, CONSUMER_ROWS, gl.SliceLayout(1, LAYOUT))
     scale_ptr += expert * stride_se
     if TOP_K:
         routes = gl.load(sorted_routes_ptr + rows)
@@ -327,7 +325,7 @@ def pingpong_kernel(
     ROWS_LAYOUT: gl.constexpr = gl.NVMMASharedLayout(128, ROWS_DTYPE.primitive_bitwidth, 2)
     WEIGHTS_BOX: gl.constexpr = [1, BLOCK_K, COLUMNS] if N_MAJOR else [1, COLUMNS, BLOCK_K]
     BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
-    PRODUCER_REGISTERS: gl.constexpr = _PRODUCER_REGISTERS[BLOCK_M // _CONSUMER_ROWS - 1]
+    PRODUCER_REGISTERS: gl.constexpr = _PRODUCER_REGISTERS[BLOCK_M // CONSUMER_ROWS - 1]
     rows_smem = gl.allocate_shared_memory(ROWS_DTYPE, [STAGES, BLOCK_M, BLOCK_K], ROWS_LAYOUT)
     weights_smem = gl.allocate_shared_memory(weights_desc.dtype, [STAGES] + WEIGHTS_BOX, weights_desc.layout)
     out_smem = gl.allocate_shared_memory(out_desc.dtype, [2] + out_desc.block_shape, out_desc.layout)
@@ -336,7 +334,7 @@ def pingpong_kernel(
     turn = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
     for i in gl.static_range(STAGES):
         mbarrier.init(full.index(i), count=1 + 32 * _GATHER_WARPS if GATHER else 1)
-        mbarrier.init(empty.index(i), count=BLOCK_M // _CONSUMER_ROWS)
+        mbarrier.init(empty.index(i), count=BLOCK_M // CONSUMER_ROWS)
     for i in gl.static_range(2):
         mbarrier.init(turn.index(i), count=1)
     fence_async_shared()

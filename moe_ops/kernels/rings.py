@@ -12,11 +12,10 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
 from moe_ops.kernels.compat import block_barrier, cp_async, tma_load
-from moe_ops.kernels.persistent import PATIENCE, load_step, tile
+from moe_ops.kernels.persistent import CONSUMER_ROWS, PATIENCE, load_step, tile
 
 # Elements of a group of a row, of either side of a block of weights, and columns of a partial sum.
 GROUP = gl.constexpr(128)
-CONSUMER_ROWS = gl.constexpr(64)
 # Scales of a half of a tile's weights in a K step: the second is of what a block cuts off.
 HALF_SCALES = gl.constexpr(2)
 # K steps before the end of a stretch at which it counts as loaded; the rings hold fewer than that of ping-pong.

@@ -68,11 +68,11 @@ HOPPER_MUTATIONS = [
         "pingpong last columns",
     ),
     Mutation(
-        "rows_of_the_first_consumer", "pingpong", "slice(FIRST_ROW, _CONSUMER_ROWS)", "slice(0, _CONSUMER_ROWS)",
+        "rows_of_the_first_consumer", "pingpong", "slice(FIRST_ROW, CONSUMER_ROWS)", "slice(0, CONSUMER_ROWS)",
         "both consumers multiply the first 64 rows of a tile that they share", "pingpong shared tiles",
     ),
     Mutation(
-        "shared_stage_given_back_by_one", "pingpong", "count=BLOCK_M // _CONSUMER_ROWS)", "count=1)",
+        "shared_stage_given_back_by_one", "pingpong", "count=BLOCK_M // CONSUMER_ROWS)", "count=1)",
         "a stage that both consumers read is filled when one has read it", "pingpong shared tiles",
     ),
     Mutation(
