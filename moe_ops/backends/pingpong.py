@@ -1,7 +1,7 @@
 """Launches of the ping-pong kernel: descriptors, constexprs and grid of the up and the down GEMM on Hopper.
 
 They take the place of the pipeline's own two GEMMs where `tuning.variants.pingpong_obstacle` sees none, with the same
-operands; the row block is 64, or 128.
+operands; the row block is 64.
 """
 
 import functools
@@ -20,8 +20,8 @@ from moe_ops.kernels.pingpong import pingpong_kernel
 from moe_ops.problem import Arguments, Problem
 from moe_ops.routing import Routing
 
-# Rows and columns of a box of the result; two such boxes, one a consumer, beside the stages.
-_ROWS = BOX = 64
+# Columns of a box of the result; two such boxes, one a consumer, beside the stages.
+BOX = 64
 # What a thread's cp.async copies, and the alignment of it.
 _COPY_BYTES = 16
 # A row of a box in shared memory takes as many bytes as the swizzle spans, at most.
@@ -39,7 +39,7 @@ def up(args: Arguments, problem: Problem, plan: Plan, routing: Routing, progress
         args: the call.
         problem: its description.
         plan: of variant "pingpong".
-        routing: the sorted routes, blocks of `plan.block_m`.
+        routing: the sorted routes, blocks of 64.
         progress: int32, zero: counts the tiles that have been loaded; see `kernels.persistent.keep_step`.
         router_weights: [M, top_k], contiguous.
         x: the hidden states, quantised where w1 is.
@@ -61,7 +61,7 @@ def down(args: Arguments, problem: Problem, plan: Plan, routing: Routing, progre
         args: the call.
         problem: its description.
         plan: of variant "pingpong".
-        routing: the sorted routes, blocks of `plan.block_m`.
+        routing: the sorted routes, blocks of 64.
         progress: int32, zero: counts the tiles that have been loaded; see `kernels.persistent.keep_step`.
         act: [max_rows, I], rows 16 bytes aligned, quantised where w2 is.
         rows: [max_rows, H], rows 16 bytes aligned; written, padding rows included.
@@ -92,7 +92,7 @@ def _launch(rows: ScaledRows, gather: bool, weight: Tensor, weight_scale: Tensor
         (values if gather else None, None if gather else descriptor(values, [config.block_m, config.block_k]),
          weight_descriptor(weight, box, config.block_k), rows.scale, None if per_channel else weight_scale,
          weight_scale if per_channel else None, out_scale, bias, router_weights,
-         descriptor(out, [_ROWS, BOX]),
+         descriptor(out, [config.block_m, BOX]),
          routing.sorted_routes, routing.tile_experts, routing.num_padded, progress,
          problem.num_routes,
          values.stride(0) if gather else 0, rows.stride_row, rows.stride_expert,

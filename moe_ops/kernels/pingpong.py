@@ -1,7 +1,7 @@
 """The up and the down GEMM of the experts for Hopper (sm_90): persistent, warp-specialised, two consumers in turns.
 
-One kernel serves both GEMMs; the rows are those of `kernels.grouped_gemm`, every expert padded to BLOCK_M. Four roles
-share a program of 12 warps and a ring of STAGES stages, each with one K step of the rows and of the weights:
+One kernel serves both GEMMs; the rows are those of `kernels.grouped_gemm`, every expert padded to BLOCK_M = 64. Four
+roles share a program of 12 warps and a ring of STAGES stages, each with one K step of the rows and of the weights:
 
     _gather   2 warps  cp.async  x ---------+                    +--> _consume 0   4 warps  wgmma, epilogue, TMA store
                                             +--> ring of stages -+
@@ -9,9 +9,6 @@ share a program of 12 warps and a ring of STAGES stages, each with one K step of
 
     consumer 0   | tile 0: K steps | tile 0: epilogue | tile 2: K steps | tile 2: epilogue | ...
     consumer 1   | wait for turn   | tile 1: K steps  | tile 1: epilogue| tile 3: K steps  | ...
-
-That is with BLOCK_M = 64. With BLOCK_M = 128 the consumers have 64 rows each of every tile: they share the weights of a
-stage, which then come once from the L2 for twice the rows, and are in the epilogue at once. There are no turns.
 
 The tiles of a program are numbered by `step`, and the K steps of all of them, one after the other, by `index`: step t
 owns the indices from t * K_STEPS on. Index i lives in stage i % STAGES, in that stage's pass i // STAGES. A barrier's
@@ -21,15 +18,14 @@ phases complete in order, and a wait for phase p sees its parity, p & 1, only: i
     full[s]    1                               _load, which announces its bytes     the consumer of index i,
                + 1 a thread of _gather         cp.async: the thread's rows are here for pass i // STAGES
                (and all announced bytes)       TMA: these bytes are here
-    empty[s]   1, with BLOCK_M = 128: 2        the consumers of index i, when the   _load and _gather before index i,
+    empty[s]   1                               the consumer of index i, when the    _load and _gather before index i,
                                                wgmma that read it are over          for pass i // STAGES - 1
     turn[c]    1                               consumer 1 - c, when all wgmma       consumer c before its tile of step
                                                of its tile are issued               t, for phase t // 2 - 1 + c
 
 A wait for phase -1 returns at once: so the first fill of a stage and the first turn of consumer 0 begin. The turns keep
 the waits for `full` in the order of the indices. Without them a consumer would wait for a pass that is two ahead, take
-the completed phase before it for the one it wants, and read a stage that is not its own. Consumers that read all stages
-are at most a ring apart.
+the completed phase before it for the one it wants, and read a stage that is not its own.
 
 Tails. K: TMA fills with zeros past the last column of weights and act, the gather past the last column of x; it takes
 both sides, since 0 * NaN is NaN. N: accumulator columns past the last one come from zeros (gate columns: from rows of
@@ -55,14 +51,14 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from moe_ops.kernels.activation import activate_gated, nonlinearity
 from moe_ops.kernels.compat import block_barrier, cp_async, tma_load
 from moe_ops.kernels.epilogue import affine, halves, quantize, rounded, store_box
-from moe_ops.kernels.persistent import CONSUMER_ROWS, PATIENCE, first_column, load_step, tile
+from moe_ops.kernels.persistent import PATIENCE, first_column, load_step, tile
 from moe_ops.kernels.quantize import given_scale
 
 # More warps than 12 would cap a thread at 128 registers when the program starts, too few for wgmma of 256 columns.
 _GATHER_WARPS = gl.constexpr(2)
-# Registers of the threads of consumer 1, and of _gather and _load with 64 rows and with 128; consumer 0 gets the rest.
+# Registers of the threads of consumer 1, _gather and _load; consumer 0 gets what is left (232).
 _CONSUMER_REGISTERS = gl.constexpr(216)
-_PRODUCER_REGISTERS = gl.constexpr((56, 72))
+_PRODUCER_REGISTERS = gl.constexpr(56)
 # K steps before the end of a stretch at which it counts as loaded: the ring has work while the news gets round.
 _EARLY_STEPS = gl.constexpr(4)
 
@@ -174,15 +170,10 @@ def _consume(CONSUMER: gl.constexpr, ring, turn, out_smem, out_desc, row_scales,
              N: gl.constexpr, K: gl.constexpr, NUM_N: gl.constexpr, GROUP_M: gl.constexpr, TOP_K: gl.constexpr,
              GATED: gl.constexpr, INTERLEAVED: gl.constexpr, N_MAJOR: gl.constexpr, ACTIVATION: gl.constexpr,
              HAS_LIMIT: gl.constexpr, DTYPE: gl.constexpr, FENCE: gl.constexpr):  # fmt: skip
-    """Every second tile of the program, from step CONSUMER on: the K steps in turn, then the epilogue out of turn.
-
-    Or its rows of every tile, where both consumers read a stage.
-    """
+    """Every second tile of the program, from step CONSUMER on: the K steps in turn, then the epilogue out of turn."""
     rows_smem, weights_smem, full, empty = ring
     STAGES: gl.constexpr = rows_smem.shape[0]
     BLOCK_M: gl.constexpr = rows_smem.shape[1]
-    SHARED: gl.constexpr = BLOCK_M == 2 * CONSUMER_ROWS
-    FIRST_ROW: gl.constexpr = CONSUMER * CONSUMER_ROWS if SHARED else 0
     BLOCK_K: gl.constexpr = rows_smem.shape[2]
     COLUMNS: gl.constexpr = weights_smem.shape[3 if N_MAJOR else 2]
     BLOCK_N: gl.constexpr = COLUMNS // 2 if GATED else COLUMNS
@@ -191,17 +182,15 @@ def _consume(CONSUMER: gl.constexpr, ring, turn, out_smem, out_desc, row_scales,
     STEP: gl.constexpr = 256 // rows_smem.dtype.primitive_bitwidth
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, STEP])
     num_m = gl.load(num_padded_ptr) // BLOCK_M
-    step = 0 if SHARED else CONSUMER
+    step = CONSUMER
     number, block_m, block_n = tile(step, num_m, NUM_N, GROUP_M)
     while number < num_m * NUM_N:
         first = step * K_STEPS
-        row = block_m * BLOCK_M + FIRST_ROW
         if row_scales[0] is not None:
-            # In turns, under the other consumer's tile, and so for nothing.
-            scales = _row_scales(row_scales, block_m, row, TOP_K, LAYOUT)
-        if not SHARED:
-            mbarrier.wait(turn.index(CONSUMER), (1 - CONSUMER) ^ ((step // 2) & 1))
-        acc = gl.zeros((CONSUMER_ROWS, COLUMNS), gl.float32, LAYOUT)
+            # Under the other consumer's tile, and so for nothing.
+            scales = _row_scales(row_scales, block_m, BLOCK_M, TOP_K, LAYOUT)
+        mbarrier.wait(turn.index(CONSUMER), (1 - CONSUMER) ^ ((step // 2) & 1))
+        acc = gl.zeros((BLOCK_M, COLUMNS), gl.float32, LAYOUT)
         for k_step in range(K_STEPS):
             index = first + k_step
             stage = index % STAGES
@@ -214,31 +203,29 @@ def _consume(CONSUMER: gl.constexpr, ring, turn, out_smem, out_desc, row_scales,
                 weights = weights_smem.index(stage).reshape((BLOCK_K, COLUMNS))
             else:
                 weights = weights_smem.index(stage).reshape((COLUMNS, BLOCK_K)).permute((1, 0))
-            rows = rows_smem.index(stage).slice(FIRST_ROW, CONSUMER_ROWS)
-            pending = warpgroup_mma(rows, weights, acc, use_acc=k_step > 0, is_async=True)
+            pending = warpgroup_mma(rows_smem.index(stage), weights, acc, use_acc=k_step > 0, is_async=True)
             acc = warpgroup_mma_wait(1, deps=(pending,))
             if k_step > 0:
                 mbarrier.arrive(empty.index((index + STAGES - 1) % STAGES), count=1)
-        if not SHARED:
-            mbarrier.arrive(turn.index(1 - CONSUMER), count=1)
+        mbarrier.arrive(turn.index(1 - CONSUMER), count=1)
         acc = warpgroup_mma_wait(0, deps=(acc,))
         mbarrier.arrive(empty.index((first + K_STEPS + STAGES - 1) % STAGES), count=1)
         if row_scales[0] is not None:
             acc *= scales[:, None]
-        _store_tile(acc, out_smem.index(CONSUMER), out_desc, epilogue, block_m, row, first_column(block_n, N, BLOCK_N),
-                    N, GATED, INTERLEAVED, ACTIVATION, HAS_LIMIT, DTYPE)  # fmt: skip
-        step += 1 if SHARED else 2
+        _store_tile(acc, out_smem.index(CONSUMER), out_desc, epilogue, block_m, first_column(block_n, N, BLOCK_N), N,
+                    GATED, INTERLEAVED, ACTIVATION, HAS_LIMIT, DTYPE)  # fmt: skip
+        step += 2
         number, block_m, block_n = tile(step, num_m, NUM_N, GROUP_M)
     tma.store_wait(0)
 
 
 @gluon.jit
-def _row_scales(row_scales, block_m, row, TOP_K: gl.constexpr, LAYOUT: gl.constexpr):
-    """The scale of each of a consumer's rows, times the one of the expert's weights where they have but one."""
+def _row_scales(row_scales, block_m, BLOCK_M: gl.constexpr, TOP_K: gl.constexpr, LAYOUT: gl.constexpr):
+    """The scale of each row of a tile, times the one of the expert's weights where they have but one."""
     (scale_ptr, stride_sm, stride_se, weight_scale_ptr, stride_we, sorted_routes_ptr, tile_experts_ptr,
      num_routes) = row_scales  # fmt: skip
     expert = gl.load(tile_experts_ptr + block_m).to(gl.int64)
-    rows = row + gl.arange(0, CONSUMER_ROWS, gl.SliceLayout(1, LAYOUT))
+    rows = block_m * BLOCK_M + gl.arange(0, BLOCK_M, gl.SliceLayout(1, LAYOUT))
     scale_ptr += expert * stride_se
     if TOP_K:
         routes = gl.load(sorted_routes_ptr + rows)
@@ -253,18 +240,19 @@ def _row_scales(row_scales, block_m, row, TOP_K: gl.constexpr, LAYOUT: gl.conste
 
 
 @gluon.jit
-def _store_tile(acc, out_smem, out_desc, epilogue, block_m, row, n, N: gl.constexpr, GATED: gl.constexpr,
+def _store_tile(acc, out_smem, out_desc, epilogue, block_m, n, N: gl.constexpr, GATED: gl.constexpr,
                 INTERLEAVED: gl.constexpr, ACTIVATION: gl.constexpr, HAS_LIMIT: gl.constexpr,
                 DTYPE: gl.constexpr):  # fmt: skip
     """Routing weight, bias and activation of a tile in registers, then its columns n and following, box by box."""
     (channel_scale_ptr, stride_ce, bias_ptr, stride_be, out_scale_ptr, stride_oe, router_weights_ptr, sorted_routes_ptr,
      tile_experts_ptr, num_routes, alpha, limit) = epilogue  # fmt: skip
-    ROWS: gl.constexpr = out_desc.block_shape[0]
+    BLOCK_M: gl.constexpr = out_desc.block_shape[0]
     BOX: gl.constexpr = out_desc.block_shape[1]
     BOXES: gl.constexpr = acc.shape[1] // (2 * BOX if GATED else BOX)
+    row = block_m * BLOCK_M
     expert = gl.load(tile_experts_ptr + block_m).to(gl.int64)
     if router_weights_ptr is not None:
-        routes = gl.load(sorted_routes_ptr + row + gl.arange(0, ROWS, gl.SliceLayout(1, acc.type.layout)))
+        routes = gl.load(sorted_routes_ptr + row + gl.arange(0, BLOCK_M, gl.SliceLayout(1, acc.type.layout)))
         weights = gl.load(router_weights_ptr + routes, mask=routes < num_routes, other=0.0)
         acc *= weights.to(gl.float32)[:, None]
     if bias_ptr is not None:
@@ -285,7 +273,7 @@ def _store_tile(acc, out_smem, out_desc, epilogue, block_m, row, n, N: gl.conste
         else:
             if INTERLEAVED:
                 pairs = affine(sides[box], channels, 2 * column, 2 * N)
-                gate, up = pairs.reshape((ROWS, BOX, 2)).split()
+                gate, up = pairs.reshape((BLOCK_M, BOX, 2)).split()
             else:
                 gate = affine(quarters[box], channels, column, N)
                 up = affine(quarters[box + 2], channels, N + column, 2 * N)
@@ -325,7 +313,6 @@ def pingpong_kernel(
     ROWS_LAYOUT: gl.constexpr = gl.NVMMASharedLayout(128, ROWS_DTYPE.primitive_bitwidth, 2)
     WEIGHTS_BOX: gl.constexpr = [1, BLOCK_K, COLUMNS] if N_MAJOR else [1, COLUMNS, BLOCK_K]
     BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
-    PRODUCER_REGISTERS: gl.constexpr = _PRODUCER_REGISTERS[BLOCK_M // CONSUMER_ROWS - 1]
     rows_smem = gl.allocate_shared_memory(ROWS_DTYPE, [STAGES, BLOCK_M, BLOCK_K], ROWS_LAYOUT)
     weights_smem = gl.allocate_shared_memory(weights_desc.dtype, [STAGES] + WEIGHTS_BOX, weights_desc.layout)
     out_smem = gl.allocate_shared_memory(out_desc.dtype, [2] + out_desc.block_shape, out_desc.layout)
@@ -334,7 +321,7 @@ def pingpong_kernel(
     turn = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
     for i in gl.static_range(STAGES):
         mbarrier.init(full.index(i), count=1 + 32 * _GATHER_WARPS if GATHER else 1)
-        mbarrier.init(empty.index(i), count=BLOCK_M // CONSUMER_ROWS)
+        mbarrier.init(empty.index(i), count=1)
     for i in gl.static_range(2):
         mbarrier.init(turn.index(i), count=1)
     fence_async_shared()
@@ -355,4 +342,4 @@ def pingpong_kernel(
         (_gather, (ring, x_ptr, stride_xm, sorted_routes_ptr, num_padded_ptr, num_routes, K, NUM_N, GROUP_M, TOP_K)),
         (_load, (ring, rows_desc, weights_desc, tile_experts_ptr, num_padded_ptr, progress_ptr, N, K, NUM_N, GROUP_M,
                  BLOCK_N, HALVES, N_MAJOR)),
-    ], [4, _GATHER_WARPS, 1], [_CONSUMER_REGISTERS, PRODUCER_REGISTERS, PRODUCER_REGISTERS])  # fmt: skip
+    ], [4, _GATHER_WARPS, 1], [_CONSUMER_REGISTERS, _PRODUCER_REGISTERS, _PRODUCER_REGISTERS])  # fmt: skip

@@ -87,7 +87,7 @@ def _stages_obstacle(problem: Problem, variant: str, up: TileConfig, down: TileC
     if variant == "mixed":
         owns = mixed_tiles(problem, up.block_m)
     else:
-        owns = pingpong_tiles(problem, up.block_m) if variant == "pingpong" else blockscaled_tiles(problem)
+        owns = pingpong_tiles(problem) if variant == "pingpong" else blockscaled_tiles(problem)
     for name, tile, own in zip(("up", "down"), (up, down), owns, strict=True):
         least = _FEWEST_STAGES.get(variant, own.num_stages)
         if not least <= tile.num_stages <= own.num_stages:

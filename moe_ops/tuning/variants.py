@@ -196,13 +196,13 @@ def _hopper_obstacle(problem: Problem, device: Device) -> str | None:
     return None
 
 
-def pingpong_tiles(problem: Problem, block_m: int = 64) -> tuple[TileConfig, TileConfig]:
-    """(up, down): 256 rows of weights, two consumers of 4 warps and 64 rows each, and the stages that then fit.
+def pingpong_tiles(problem: Problem) -> tuple[TileConfig, TileConfig]:
+    """(up, down): 64 rows and 256 rows of weights, two consumers of 4 warps, and the stages that then fit.
 
-    A step along K is of 128 bytes. `block_m`: 64, for tiles in turns, or 128, for tiles that the consumers share.
+    A step along K is of 128 bytes.
     """
-    block_k, num_stages = 128 if problem.scheme.quantized else 64, 5 if block_m == 64 else 4
-    down = TileConfig(block_m, block_n=256, block_k=block_k, group_m=16, num_warps=4, num_stages=num_stages)
+    block_k = 128 if problem.scheme.quantized else 64
+    down = TileConfig(block_m=64, block_n=256, block_k=block_k, group_m=16, num_warps=4, num_stages=5)
     up = replace(down, block_n=128)
     return (up if problem.activation.gated else down), down
 
@@ -254,7 +254,7 @@ def active_experts(problem: Problem) -> float:
 def tiles_obstacle(variant: str, problem: Problem, up: TileConfig, down: TileConfig) -> str | None:
     """Why a variant that has tiles of its own cannot have these; None if it can, or has none of its own."""
     if variant == "pingpong":
-        owns = pingpong_tiles(problem, 128 if up.block_m == down.block_m == 128 else 64)
+        owns = pingpong_tiles(problem)
     elif variant == "packed":
         return _packed_tiles_obstacle(problem, up, down)
     elif variant == "blockscaled":

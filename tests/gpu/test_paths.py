@@ -5,9 +5,7 @@ import torch
 
 import moe_ops
 from moe_ops.cli.bench import SHAPES
-from moe_ops.problem import make_problem
 from moe_ops.testing import assert_correct, assert_exact, exact_inputs, override, poisoned_memory, random_inputs
-from moe_ops.tuning.variants import pingpong_tiles
 from tests.cases import OPTIONS, option_case, run
 
 CAPABILITY = torch.cuda.get_device_capability() if torch.cuda.is_available() else (0, 0)
@@ -50,21 +48,15 @@ def test_option_without_a_sort(name, path):
 HOPPER = pytest.mark.skipif(CAPABILITY[0] != 9, reason="wgmma is Hopper's")
 
 
-def pingpong(args, block_m):
-    """The variant, with tiles of the consumers in turns, or such that they share."""
-    return override(path="tma", variant="pingpong", config=pingpong_tiles(make_problem(args), block_m))
-
-
 @HOPPER
 @pytest.mark.parametrize("name", OPTIONS)
 @pytest.mark.parametrize("dtype", HALF, ids=str)
-@pytest.mark.parametrize("block_m", [64, 128])
-def test_pingpong_option(name, dtype, block_m):
+def test_pingpong_option(name, dtype):
     args = option_case(name, dtype, "cuda", num_tokens=700, hidden=264, intermediate=136)
-    with pingpong(args, block_m), poisoned_memory():
+    with override(path="tma", variant="pingpong"), poisoned_memory():
         out = run(args)
     assert_correct(out, args)
-    with pingpong(args, block_m):
+    with override(path="tma", variant="pingpong"):
         for _ in range(5):
             assert torch.equal(run(args), out)
 
@@ -74,15 +66,14 @@ def test_pingpong_option(name, dtype, block_m):
     "sizes", [(64, 64), (256, 256), (2880, 2880), (8, 16), (1000, 360), (384, 1440), (1400, 40)], ids=str
 )
 @pytest.mark.parametrize("num_tokens", [1, 65, 3000])
-@pytest.mark.parametrize("block_m", [64, 128])
-def test_pingpong_sizes(sizes, num_tokens, block_m):
+def test_pingpong_sizes(sizes, num_tokens):
     """One step of K and many, tails, fewer tiles than programs, and none."""
     hidden, intermediate = sizes
     args = random_inputs(
         num_tokens=num_tokens, hidden=hidden, intermediate=intermediate, experts=5, top_k=2, dtype=torch.bfloat16,
         device="cuda",
     )  # fmt: skip
-    with pingpong(args, block_m), poisoned_memory():
+    with override(path="tma", variant="pingpong"), poisoned_memory():
         assert_correct(run(args), args)
         args.topk_ids = torch.full_like(args.topk_ids, -1)
         assert (run(args) == 0).all()
@@ -90,10 +81,9 @@ def test_pingpong_sizes(sizes, num_tokens, block_m):
 
 @HOPPER
 @pytest.mark.parametrize("dtype", HALF, ids=str)
-@pytest.mark.parametrize("block_m", [64, 128])
-def test_pingpong_exact_integers(dtype, block_m):
+def test_pingpong_exact_integers(dtype):
     args = exact_inputs(num_tokens=900, hidden=1000, intermediate=360, experts=7, top_k=3, dtype=dtype, device="cuda")
-    with pingpong(args, block_m):
+    with override(path="tma", variant="pingpong"):
         assert_exact(run(args), args)
 
 

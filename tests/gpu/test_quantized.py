@@ -87,19 +87,17 @@ def test_option(name, option, dtype):
     assert_correct(out, args)
 
 
-@pytest.mark.parametrize("name", ["fp8_channel", "fp8_block", "fp8_static"])
+@pytest.mark.parametrize(
+    ("name", "block_m"), [("fp8_channel", 64), ("fp8_static", 64), ("fp8_block", 64), ("fp8_block", 128)]
+)
 @pytest.mark.parametrize("option", [name for name in OPTIONS if "n_major" not in name and "tails" not in name])
-@pytest.mark.parametrize("block_m", [64, 128])
-def test_option_of_the_prefill_kernels(name, option, block_m):
-    """Consumers with tiles of their own, and with tiles that they share."""
+def test_option_of_the_prefill_kernels(name, block_m, option):
+    """With a row block of 128 the two consumers of the block-scaled kernel share its weights."""
     args = quantized_case(name, torch.bfloat16, "cuda", **{"num_tokens": 300, **OPTIONS[option]})
     variant = "blockscaled" if name == "fp8_block" else "pingpong"
     skip_unless_it_runs(args, "tma", variant)
-    problem = make_problem(args)
-    if name == "fp8_block":
-        config = tuple(replace(tile, block_m=block_m) for tile in blockscaled_tiles(problem))
-    else:
-        config = pingpong_tiles(problem, block_m)
+    tiles = (blockscaled_tiles if name == "fp8_block" else pingpong_tiles)(make_problem(args))
+    config = tuple(replace(tile, block_m=block_m) for tile in tiles)
     with override(path="tma", variant=variant, config=config), poisoned_memory():
         out = run(args)
     assert_correct(out, args)

@@ -25,7 +25,6 @@ from moe_ops.testing.hopper.machine import HopperError
 from moe_ops.testing.sanitizer import sanitized
 from moe_ops.testing.strategies import assert_result, build, calls, formats
 from moe_ops.tuning import TileConfig, variant_obstacle
-from moe_ops.tuning.variants import pingpong_tiles
 from tests.amount import ALL, params
 from tests.cases import OPTIONS, option_case, run
 from tests.fuzz import drawing
@@ -251,26 +250,6 @@ def test_rows_of_128_are_two_consumers(name, options):
     gated = make_problem(args).activation.gated
     config = tuple(TileConfig(128, columns, 128, 16, 4, 5) for columns in (128 if gated else 256, 256))
     assert_correct(emulated(args, "blockscaled", config=config), args)
-
-
-SHARED_TILES = [
-    *((None, name) for name in ("plain", "biases_interleaved", "router_weight_on_input", "n_major", "silu_no_gate")),
-    *((name, "plain") for name in ("fp8_channel", "fp8_static", "fp8_static_expert", "fp8_given_tensor", "fp8_e5m2")),
-]
-
-
-@pytest.mark.parametrize(
-    ("name", "option"), params(SHARED_TILES, [(None, "biases_interleaved"), ("fp8_static_expert", "plain")]), ids=str
-)
-def test_tiles_that_both_consumers_share(name, option):
-    """Row blocks of 128 in variant "pingpong", two of an expert and one; the last has few rows."""
-    sizes = {"num_tokens": 150, "hidden": 272, "intermediate": 144, "experts": 2, "top_k": 1, "routing": "zipf"}
-    if name is None:
-        args = option_case(option, torch.bfloat16, **sizes)
-    else:
-        args = quantized_case(name, torch.bfloat16, **sizes)
-    config = pingpong_tiles(make_problem(args), 128)
-    assert_correct(emulated(args, "pingpong", config=config), args)
 
 
 SMALL = {"dtypes": HALF, "max_tokens": 40, "max_size": 300, "max_experts": 5}

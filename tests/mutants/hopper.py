@@ -63,17 +63,9 @@ HOPPER_MUTATIONS = [
         "a tile multiplies with the expert of the tile before", "pingpong many K steps",
     ),
     Mutation(
-        "last_columns_stored_elsewhere", "pingpong", "row, first_column(block_n, N, BLOCK_N),",
-        "row, block_n * BLOCK_N,", "the last tile is stored where one of whole columns would be",
+        "last_columns_stored_elsewhere", "pingpong", "block_m, first_column(block_n, N, BLOCK_N), N,",
+        "block_m, block_n * BLOCK_N, N,", "the last tile is stored where one of whole columns would be",
         "pingpong last columns",
-    ),
-    Mutation(
-        "rows_of_the_first_consumer", "pingpong", "slice(FIRST_ROW, CONSUMER_ROWS)", "slice(0, CONSUMER_ROWS)",
-        "both consumers multiply the first 64 rows of a tile that they share", "pingpong shared tiles",
-    ),
-    Mutation(
-        "shared_stage_given_back_by_one", "pingpong", "count=BLOCK_M // CONSUMER_ROWS)", "count=1)",
-        "a stage that both consumers read is filled when one has read it", "pingpong shared tiles",
     ),
     Mutation(
         "bias_past_n", "epilogue", "mask=columns < N, other=0.0", "mask=columns < N - 1, other=0.0",

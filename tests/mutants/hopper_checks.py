@@ -12,11 +12,9 @@ import torch
 from torch.nn import functional
 
 from moe_ops.arguments import Arguments
-from moe_ops.problem import make_problem
 from moe_ops.testing import assert_correct, emulate, override, poisoned_memory
 from moe_ops.testing.hopper import hopper
 from moe_ops.tuning import TileConfig
-from moe_ops.tuning.variants import pingpong_tiles
 from tests.cases import option_case, run
 from tests.quantized import check_every_scale, every_scale_case, fine_scales_case, quantized_case, scales_of_zero_case
 
@@ -48,12 +46,6 @@ def pingpong(name: str, **sizes) -> None:
     # NaN behind every token, in rows that are still multiples of 16 bytes.
     args.hidden_states = functional.pad(args.hidden_states, (0, 24), value=float("nan"))[:, :-24]
     over_and_over(args, variant="pingpong")
-
-
-def pingpong_shared_tiles() -> None:
-    """Row blocks of 128, whose weights both consumers read, and many K steps."""
-    args = option_case("plain", torch.bfloat16, DEVICE, num_tokens=many(7500), experts=2, hidden=1032, intermediate=136)
-    over_and_over(args, variant="pingpong", config=pingpong_tiles(make_problem(args), 128))
 
 
 def pingpong_scales_of_zero() -> None:
@@ -123,7 +115,6 @@ KINDS = (
         "pingpong n_major": partial(pingpong, "n_major"),
         "pingpong last columns": partial(pingpong, "plain", hidden=272, intermediate=144),
         "pingpong scales of zero": pingpong_scales_of_zero,
-        "pingpong shared tiles": pingpong_shared_tiles,
         "pingpong many K steps": partial(pingpong, "plain", num_tokens=many(3000), hidden=1032, intermediate=1096),
     },
     {
