@@ -18,11 +18,13 @@ _UNIT = gl.constexpr(16)
 
 
 @gluon.jit
-def store_box(y, out_smem, out_desc, row, column):
-    """Stores rows of the result from registers, by TMA, a box of the descriptor after the other."""
+def store_box(y, out_smem, out_desc, row, column, PENDING: gl.constexpr = 0):
+    """Stores rows of the result from registers, by TMA, a box of the descriptor after the other.
+
+    The buffer is free once all stores before but the last PENDING have read theirs.
+    """
     BOX: gl.constexpr = out_desc.block_shape[0]
-    # The buffer is free once the store before this one has read it.
-    tma.store_wait(0)
+    tma.store_wait(PENDING)
     block_barrier()
     out_smem.store(y.to(out_desc.dtype))
     fence_async_shared()
@@ -35,18 +37,6 @@ def store_box(y, out_smem, out_desc, row, column):
 def halves(x):
     """[M, N] -> its left and right halves; in registers, since a thread of wgmma has columns of both."""
     return x.reshape((x.shape[0], 2, x.shape[1] // 2)).permute((0, 2, 1)).split()
-
-
-@gluon.jit
-def affine(x, channels, column, N: gl.constexpr):
-    """x * scale[column...] + bias[column...] in fp32; columns from N on do not exist."""
-    scale_ptr, bias_ptr = channels
-    columns = column + gl.arange(0, x.shape[1], gl.SliceLayout(0, x.type.layout))
-    if scale_ptr is not None:
-        x *= gl.load(scale_ptr + columns, mask=columns < N).to(gl.float32)[None, :]
-    if bias_ptr is not None:
-        x += gl.load(bias_ptr + columns, mask=columns < N, other=0.0).to(gl.float32)[None, :]
-    return x
 
 
 @gluon.jit

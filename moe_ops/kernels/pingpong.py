@@ -49,10 +49,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from moe_ops.kernels.activation import activate_gated, nonlinearity
+from moe_ops.kernels.ahead import affine, expert_of, load_ahead
 from moe_ops.kernels.compat import block_barrier, cp_async, tma_load
-from moe_ops.kernels.epilogue import affine, halves, quantize, rounded, store_box
+from moe_ops.kernels.epilogue import halves, quantize, rounded, store_box
 from moe_ops.kernels.persistent import PATIENCE, first_column, load_step, tile
-from moe_ops.kernels.quantize import given_scale
 
 # More warps than 12 would cap a thread at 128 registers when the program starts, too few for wgmma of 256 columns.
 _GATHER_WARPS = gl.constexpr(2)
@@ -91,7 +91,7 @@ def _load(ring, rows_desc, weights_desc, tile_experts_ptr, num_padded_ptr, progr
     step = 0
     patience = gl.to_tensor(PATIENCE)
     number, block_m, block_n = tile(step, num_m, NUM_N, GROUP_M)
-    expert = gl.load(tile_experts_ptr + gl.maximum(gl.minimum(block_m, num_m - 1), 0))
+    expert = expert_of(tile_experts_ptr, block_m, num_m)
     while number < num_m * NUM_N:
         next_number, next_block_m, next_block_n = tile(step + 1, num_m, NUM_N, GROUP_M)
         next_expert = expert
@@ -116,7 +116,7 @@ def _load(ring, rows_desc, weights_desc, tile_experts_ptr, num_padded_ptr, progr
                 _load_box(weights_desc, bar, box, expert, column * (COLUMNS // BLOCK_N), k, N_MAJOR)
             index += 1
             if k_step == PREFETCH_AT:
-                next_expert = gl.load(tile_experts_ptr + gl.maximum(gl.minimum(next_block_m, num_m - 1), 0))
+                next_expert = expert_of(tile_experts_ptr, next_block_m, num_m)
         number, block_m, block_n, expert = next_number, next_block_m, next_block_n, next_expert
         step += 1
 
@@ -166,10 +166,10 @@ def _gather(ring, x_ptr, stride_xm, sorted_routes_ptr, num_padded_ptr, num_route
 
 
 @gluon.jit
-def _consume(CONSUMER: gl.constexpr, ring, turn, out_smem, out_desc, row_scales, epilogue, num_padded_ptr,
-             N: gl.constexpr, K: gl.constexpr, NUM_N: gl.constexpr, GROUP_M: gl.constexpr, TOP_K: gl.constexpr,
-             GATED: gl.constexpr, INTERLEAVED: gl.constexpr, N_MAJOR: gl.constexpr, ACTIVATION: gl.constexpr,
-             HAS_LIMIT: gl.constexpr, DTYPE: gl.constexpr, FENCE: gl.constexpr):  # fmt: skip
+def _consume(CONSUMER: gl.constexpr, ring, turn, out_smem, out_desc, columns_smem, sources, epilogue, tile_experts_ptr,
+             num_padded_ptr, N: gl.constexpr, K: gl.constexpr, NUM_N: gl.constexpr, GROUP_M: gl.constexpr,
+             TOP_K: gl.constexpr, GATED: gl.constexpr, INTERLEAVED: gl.constexpr, N_MAJOR: gl.constexpr,
+             ACTIVATION: gl.constexpr, HAS_LIMIT: gl.constexpr, DTYPE: gl.constexpr, FENCE: gl.constexpr):  # fmt: skip
     """Every second tile of the program, from step CONSUMER on: the K steps in turn, then the epilogue out of turn."""
     rows_smem, weights_smem, full, empty = ring
     STAGES: gl.constexpr = rows_smem.shape[0]
@@ -181,14 +181,30 @@ def _consume(CONSUMER: gl.constexpr, ring, turn, out_smem, out_desc, row_scales,
     # One instruction takes 32 bytes of K.
     STEP: gl.constexpr = 256 // rows_smem.dtype.primitive_bitwidth
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, STEP])
+    columns = (None if columns_smem[0] is None else columns_smem[0].index(CONSUMER),
+               None if columns_smem[1] is None else columns_smem[1].index(CONSUMER))  # fmt: skip
+    BUFFERS: gl.constexpr = out_smem.shape[0] // 2
+    buffers = (out_smem.index(CONSUMER * BUFFERS), out_smem.index(CONSUMER * BUFFERS + BUFFERS - 1))
     num_m = gl.load(num_padded_ptr) // BLOCK_M
     step = CONSUMER
     number, block_m, block_n = tile(step, num_m, NUM_N, GROUP_M)
+    n = first_column(block_n, N, BLOCK_N)
+    expert = expert_of(tile_experts_ptr, block_m, num_m)
+    scales, channels, biases, out_scale = load_ahead(
+        sources, expert, block_m, num_m, n, BLOCK_M, N, COLUMNS, GATED, INTERLEAVED, TOP_K, LAYOUT,
+    )  # fmt: skip
+    next_number, next_block_m, next_block_n = tile(step + 2, num_m, NUM_N, GROUP_M)
+    next_expert = expert_of(tile_experts_ptr, next_block_m, num_m)
     while number < num_m * NUM_N:
         first = step * K_STEPS
-        if row_scales[0] is not None:
-            # Under the other consumer's tile, and so for nothing.
-            scales = _row_scales(row_scales, block_m, BLOCK_M, TOP_K, LAYOUT)
+        if columns[0] is not None:
+            columns[0].store(channels)
+        if columns[1] is not None:
+            columns[1].store(biases)
+        next_n = first_column(next_block_n, N, BLOCK_N)
+        next_scales, channels, biases, next_out_scale = load_ahead(
+            sources, next_expert, next_block_m, num_m, next_n, BLOCK_M, N, COLUMNS, GATED, INTERLEAVED, TOP_K, LAYOUT,
+        )  # fmt: skip
         mbarrier.wait(turn.index(CONSUMER), (1 - CONSUMER) ^ ((step // 2) & 1))
         acc = gl.zeros((BLOCK_M, COLUMNS), gl.float32, LAYOUT)
         for k_step in range(K_STEPS):
@@ -210,77 +226,51 @@ def _consume(CONSUMER: gl.constexpr, ring, turn, out_smem, out_desc, row_scales,
         mbarrier.arrive(turn.index(1 - CONSUMER), count=1)
         acc = warpgroup_mma_wait(0, deps=(acc,))
         mbarrier.arrive(empty.index((first + K_STEPS + STAGES - 1) % STAGES), count=1)
-        if row_scales[0] is not None:
+        if sources[0] is not None:
             acc *= scales[:, None]
-        _store_tile(acc, out_smem.index(CONSUMER), out_desc, epilogue, block_m, first_column(block_n, N, BLOCK_N), N,
-                    GATED, INTERLEAVED, ACTIVATION, HAS_LIMIT, DTYPE)  # fmt: skip
+        _store_tile(acc, buffers, BUFFERS, out_desc, columns, out_scale, epilogue, block_m, n, GATED, INTERLEAVED,
+                    ACTIVATION, HAS_LIMIT, DTYPE)  # fmt: skip
         step += 2
-        number, block_m, block_n = tile(step, num_m, NUM_N, GROUP_M)
+        number, block_m, n = next_number, next_block_m, next_n
+        scales, out_scale = next_scales, next_out_scale
+        next_number, next_block_m, next_block_n = tile(step + 2, num_m, NUM_N, GROUP_M)
+        next_expert = expert_of(tile_experts_ptr, next_block_m, num_m)
     tma.store_wait(0)
 
 
 @gluon.jit
-def _row_scales(row_scales, block_m, BLOCK_M: gl.constexpr, TOP_K: gl.constexpr, LAYOUT: gl.constexpr):
-    """The scale of each row of a tile, times the one of the expert's weights where they have but one."""
-    (scale_ptr, stride_sm, stride_se, weight_scale_ptr, stride_we, sorted_routes_ptr, tile_experts_ptr,
-     num_routes) = row_scales  # fmt: skip
-    expert = gl.load(tile_experts_ptr + block_m).to(gl.int64)
-    rows = block_m * BLOCK_M + gl.arange(0, BLOCK_M, gl.SliceLayout(1, LAYOUT))
-    scale_ptr += expert * stride_se
-    if TOP_K:
-        routes = gl.load(sorted_routes_ptr + rows)
-        tokens = (routes // TOP_K).to(gl.int64)
-        scales = gl.load(scale_ptr + tokens * stride_sm, mask=routes < num_routes, other=0.0)
-    else:
-        scales = gl.load(scale_ptr + rows.to(gl.int64) * stride_sm)
-    if weight_scale_ptr is not None:
-        weight_scale_ptr += expert * stride_we
-        scales *= gl.load(weight_scale_ptr).to(gl.float32)
-    return scales
-
-
-@gluon.jit
-def _store_tile(acc, out_smem, out_desc, epilogue, block_m, n, N: gl.constexpr, GATED: gl.constexpr,
-                INTERLEAVED: gl.constexpr, ACTIVATION: gl.constexpr, HAS_LIMIT: gl.constexpr,
+def _store_tile(acc, buffers, BUFFERS: gl.constexpr, out_desc, columns, out_scale, epilogue, block_m, n,
+                GATED: gl.constexpr, INTERLEAVED: gl.constexpr, ACTIVATION: gl.constexpr, HAS_LIMIT: gl.constexpr,
                 DTYPE: gl.constexpr):  # fmt: skip
     """Routing weight, bias and activation of a tile in registers, then its columns n and following, box by box."""
-    (channel_scale_ptr, stride_ce, bias_ptr, stride_be, out_scale_ptr, stride_oe, router_weights_ptr, sorted_routes_ptr,
-     tile_experts_ptr, num_routes, alpha, limit) = epilogue  # fmt: skip
+    router_weights_ptr, sorted_routes_ptr, num_routes, alpha, limit = epilogue
     BLOCK_M: gl.constexpr = out_desc.block_shape[0]
     BOX: gl.constexpr = out_desc.block_shape[1]
     BOXES: gl.constexpr = acc.shape[1] // (2 * BOX if GATED else BOX)
     row = block_m * BLOCK_M
-    expert = gl.load(tile_experts_ptr + block_m).to(gl.int64)
     if router_weights_ptr is not None:
         routes = gl.load(sorted_routes_ptr + row + gl.arange(0, BLOCK_M, gl.SliceLayout(1, acc.type.layout)))
         weights = gl.load(router_weights_ptr + routes, mask=routes < num_routes, other=0.0)
         acc *= weights.to(gl.float32)[:, None]
-    if bias_ptr is not None:
-        bias_ptr += expert * stride_be
-    if channel_scale_ptr is not None:
-        channel_scale_ptr += expert * stride_ce
-    if out_scale_ptr is not None:
-        out_scale = given_scale(gl.load(out_scale_ptr + expert * stride_oe))
-    channels = (channel_scale_ptr, bias_ptr)
     sides = halves(acc)
     quarters = halves(sides[0]) + halves(sides[1])
     for box in gl.static_range(BOXES):
         column = n + box * BOX
         if not GATED:
-            y = affine(quarters[box], channels, column, N)
+            y = affine(quarters[box], columns, box * BOX)
             if ACTIVATION is not None:
                 y = nonlinearity(y, ACTIVATION, alpha, PTX=True)
         else:
             if INTERLEAVED:
-                pairs = affine(sides[box], channels, 2 * column, 2 * N)
+                pairs = affine(sides[box], columns, 2 * box * BOX)
                 gate, up = pairs.reshape((BLOCK_M, BOX, 2)).split()
             else:
-                gate = affine(quarters[box], channels, column, N)
-                up = affine(quarters[box + 2], channels, N + column, 2 * N)
+                gate = affine(quarters[box], columns, box * BOX)
+                up = affine(quarters[box + 2], columns, (box + 2) * BOX)
             y = activate_gated(gate, up, ACTIVATION, HAS_LIMIT, alpha, limit, PTX=True)
-        if out_scale_ptr is not None:
+        if out_desc.dtype.primitive_bitwidth == 8:
             y = quantize(rounded(y, DTYPE), out_scale)
-        store_box(y, out_smem, out_desc, row, column)
+        store_box(y, buffers[box % 2], out_desc, row, column, PENDING=BUFFERS - 1)
 
 
 @gluon.jit(do_not_specialize=[
@@ -313,9 +303,12 @@ def pingpong_kernel(
     ROWS_LAYOUT: gl.constexpr = gl.NVMMASharedLayout(128, ROWS_DTYPE.primitive_bitwidth, 2)
     WEIGHTS_BOX: gl.constexpr = [1, BLOCK_K, COLUMNS] if N_MAJOR else [1, COLUMNS, BLOCK_K]
     BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
+    LINE: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     rows_smem = gl.allocate_shared_memory(ROWS_DTYPE, [STAGES, BLOCK_M, BLOCK_K], ROWS_LAYOUT)
     weights_smem = gl.allocate_shared_memory(weights_desc.dtype, [STAGES] + WEIGHTS_BOX, weights_desc.layout)
-    out_smem = gl.allocate_shared_memory(out_desc.dtype, [2] + out_desc.block_shape, out_desc.layout)
+    # There is room for a second box of each consumer where it is of 8 bits, or there is a stage less.
+    BUFFERS: gl.constexpr = 2 if STAGES < 5 or out_desc.dtype.primitive_bitwidth == 8 else 1
+    out_smem = gl.allocate_shared_memory(out_desc.dtype, [2 * BUFFERS] + out_desc.block_shape, out_desc.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
     turn = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
@@ -327,18 +320,21 @@ def pingpong_kernel(
     fence_async_shared()
     block_barrier()
     ring = (rows_smem, weights_smem, full, empty)
-    row_scales = (row_scale_ptr, stride_sm, stride_se, weight_scale_ptr, stride_we, sorted_routes_ptr, tile_experts_ptr,
-                  num_routes)  # fmt: skip
-    epilogue = (channel_scale_ptr, stride_we, bias_ptr, stride_be, out_scale_ptr, stride_oe, router_weights_ptr,
-                sorted_routes_ptr, tile_experts_ptr, num_routes, alpha, limit)  # fmt: skip
+    columns_smem = (
+        None if channel_scale_ptr is None else gl.allocate_shared_memory(gl.float32, [2, COLUMNS], LINE),
+        None if bias_ptr is None else gl.allocate_shared_memory(gl.float32, [2, COLUMNS], LINE),
+    )  # fmt: skip
+    sources = (row_scale_ptr, stride_sm, stride_se, weight_scale_ptr, channel_scale_ptr, stride_we, bias_ptr, stride_be,
+               out_scale_ptr, stride_oe, sorted_routes_ptr, num_routes)  # fmt: skip
+    epilogue = (router_weights_ptr, sorted_routes_ptr, num_routes, alpha, limit)
     # Constexprs must stand in the tuples at the call: a tuple in a variable would turn them into tensors.
     gl.warp_specialize([
-        (_consume, (0, ring, turn, out_smem, out_desc, row_scales, epilogue, num_padded_ptr, N, K, NUM_N, GROUP_M,
-                    TOP_K if GATHER else 0, GATED, INTERLEAVED, N_MAJOR, ACTIVATION, HAS_LIMIT, DTYPE,
-                    PROXY_FENCE and GATHER)),
-        (_consume, (1, ring, turn, out_smem, out_desc, row_scales, epilogue, num_padded_ptr, N, K, NUM_N, GROUP_M,
-                    TOP_K if GATHER else 0, GATED, INTERLEAVED, N_MAJOR, ACTIVATION, HAS_LIMIT, DTYPE,
-                    PROXY_FENCE and GATHER)),
+        (_consume, (0, ring, turn, out_smem, out_desc, columns_smem, sources, epilogue, tile_experts_ptr,
+                    num_padded_ptr, N, K, NUM_N, GROUP_M, TOP_K if GATHER else 0, GATED, INTERLEAVED, N_MAJOR,
+                    ACTIVATION, HAS_LIMIT, DTYPE, PROXY_FENCE and GATHER)),
+        (_consume, (1, ring, turn, out_smem, out_desc, columns_smem, sources, epilogue, tile_experts_ptr,
+                    num_padded_ptr, N, K, NUM_N, GROUP_M, TOP_K if GATHER else 0, GATED, INTERLEAVED, N_MAJOR,
+                    ACTIVATION, HAS_LIMIT, DTYPE, PROXY_FENCE and GATHER)),
         (_gather, (ring, x_ptr, stride_xm, sorted_routes_ptr, num_padded_ptr, num_routes, K, NUM_N, GROUP_M, TOP_K)),
         (_load, (ring, rows_desc, weights_desc, tile_experts_ptr, num_padded_ptr, progress_ptr, N, K, NUM_N, GROUP_M,
                  BLOCK_N, HALVES, N_MAJOR)),

@@ -6,7 +6,14 @@ from moe_ops.quantization.scheme import GROUP
 from moe_ops.routing import TOKEN_ROUTES
 from moe_ops.tuning.config import TileConfig
 from moe_ops.tuning.heuristics import SHARED_MEMORY_RESERVE, rows_itemsize
-from moe_ops.tuning.variants import blockscaled_tiles, mixed_tiles, pingpong_tiles, tiles_obstacle, variant_obstacle
+from moe_ops.tuning.variants import (
+    PINGPONG_STAGES,
+    blockscaled_tiles,
+    mixed_tiles,
+    pingpong_tiles,
+    tiles_obstacle,
+    variant_obstacle,
+)
 
 # Elements of a plane whose order `kernels.layout.unit_order` changes: a step has whole ones.
 PLANE_UNIT = 32
@@ -90,8 +97,9 @@ def _stages_obstacle(problem: Problem, variant: str, up: TileConfig, down: TileC
         owns = pingpong_tiles(problem) if variant == "pingpong" else blockscaled_tiles(problem)
     for name, tile, own in zip(("up", "down"), (up, down), owns, strict=True):
         least = _FEWEST_STAGES.get(variant, own.num_stages)
-        if not least <= tile.num_stages <= own.num_stages:
-            wanted = str(least) if least == own.num_stages else f"{least} to {own.num_stages}"
+        most = PINGPONG_STAGES if variant == "pingpong" else own.num_stages
+        if not least <= tile.num_stages <= most:
+            wanted = str(least) if least == most else f"{least} to {most}"
             return f"{name}.num_stages is {tile.num_stages}, and variant {variant!r} has room for {wanted}"
     return None
 

@@ -34,6 +34,8 @@ _PACKED_STAGES = 8
 # Rows an expert can expect above which variant "mixed" is ahead, and up to which its row blocks are of 64.
 _MIXED_ROWS = {"int8_w8a16": 16, "int4_w4a16": 20, "mxfp4_w4a16": 16}
 _MIXED_FEW_ROWS = 48
+# Stages of the ping-pong kernel's ring that fit.
+PINGPONG_STAGES = 5
 # Rows an expert can expect above which the block-scaled kernel's row block is 128: less traffic, but more padding.
 _BLOCKSCALED_SPLIT_ROWS = 240
 
@@ -197,14 +199,21 @@ def _hopper_obstacle(problem: Problem, device: Device) -> str | None:
 
 
 def pingpong_tiles(problem: Problem) -> tuple[TileConfig, TileConfig]:
-    """(up, down): 64 rows and 256 rows of weights, two consumers of 4 warps, and the stages that then fit.
-
-    A step along K is of 128 bytes.
-    """
+    """(up, down): 64 rows and 256 rows of weights, two consumers of 4 warps, steps of 128 bytes along K."""
     block_k = 128 if problem.scheme.quantized else 64
-    down = TileConfig(block_m=64, block_n=256, block_k=block_k, group_m=16, num_warps=4, num_stages=5)
-    up = replace(down, block_n=128)
-    return (up if problem.activation.gated else down), down
+    up, down = (
+        TileConfig(64, 256, block_k, 16, 4, _pingpong_stages(-(-size // block_k)))
+        for size in (problem.hidden_size, problem.intermediate_size)
+    )
+    return (replace(up, block_n=128) if problem.activation.gated else up), down
+
+
+def _pingpong_stages(k_steps: int) -> int:
+    """As many as fit, or one less where that has room for a whole tile.
+
+    Short tiles spend their time on storing the result: a stage's memory is for a second box of each consumer then.
+    """
+    return max(PINGPONG_STAGES - 1, min(k_steps, PINGPONG_STAGES))
 
 
 def blockscaled_tiles(problem: Problem) -> tuple[TileConfig, TileConfig]:

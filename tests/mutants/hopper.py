@@ -59,17 +59,27 @@ HOPPER_MUTATIONS = [
         "a step forgets those before it", "pingpong plain",
     ),
     Mutation(
-        "expert_of_this_tile", "pingpong", "gl.minimum(next_block_m, num_m - 1)", "gl.minimum(block_m, num_m - 1)",
+        "expert_of_this_tile", "pingpong", " " * 16 + "next_expert = expert_of(tile_experts_ptr, next_block_m, num_m)",
+        " " * 16 + "next_expert = expert_of(tile_experts_ptr, block_m, num_m)",
         "a tile multiplies with the expert of the tile before", "pingpong many K steps",
     ),
     Mutation(
-        "last_columns_stored_elsewhere", "pingpong", "block_m, first_column(block_n, N, BLOCK_N), N,",
-        "block_m, block_n * BLOCK_N, N,", "the last tile is stored where one of whole columns would be",
+        "last_columns_stored_elsewhere", "pingpong", "next_n = first_column(next_block_n, N, BLOCK_N)",
+        "next_n = next_block_n * BLOCK_N", "the last tile is stored where one of whole columns would be",
         "pingpong last columns",
     ),
     Mutation(
-        "bias_past_n", "epilogue", "mask=columns < N, other=0.0", "mask=columns < N - 1, other=0.0",
+        "bias_past_n", "ahead", "exist = rows < 2 * N", "exist = rows < 2 * N - 1",
         "the last column has no bias", "pingpong biases_interleaved",
+    ),
+    Mutation(
+        "scales_of_the_first_expert", "pingpong", "sources, next_expert, next_block_m,",
+        "sources, expert, next_block_m,", "tiles of a consumer have the scales of its first expert",
+        "pingpong fp8_channel",
+    ),
+    Mutation(
+        "scales_of_the_first_rows", "pingpong", "scales, out_scale = next_scales, next_out_scale",
+        "out_scale = next_out_scale", "tiles of a consumer have the scales of its first rows", "pingpong fp8_channel",
     ),
     Mutation(
         "blockscaled_weights_empty_parity", "rings", "mbarrier.wait(empty.index(FIRST + stage), phase)",
@@ -103,8 +113,8 @@ HOPPER_MUTATIONS = [
         "the up half by the scale of the block that it begins in", "blockscaled fp8_block",
     ),
     Mutation(
-        "act_divided_by_a_given_zero", "pingpong", "given_scale(gl.load(out_scale_ptr + expert * stride_oe))",
-        "gl.load(out_scale_ptr + expert * stride_oe)", "zeros divided by a given scale of 0", "pingpong scales of zero",
+        "act_divided_by_a_given_zero", "ahead", "given_scale(gl.load(out_scale_ptr + expert64 * stride_oe))",
+        "gl.load(out_scale_ptr + expert64 * stride_oe)", "zeros divided by a given scale of 0", "pingpong scales of zero",
     ),
     Mutation(
         "packed_full_parity", "packed", "mbarrier.wait(full.index(stage), phase)",
@@ -236,8 +246,12 @@ RACES = [
         "TMA may store what was there before the box", "pingpong plain",
     ),
     Mutation(
-        "box_overwritten", "epilogue", "    tma.store_wait(0)\n", "", "a box is written while TMA may read it",
+        "box_overwritten", "epilogue", "    tma.store_wait(PENDING)\n", "", "a box is written while TMA may read it",
         "pingpong plain",
+    ),
+    Mutation(
+        "second_box_overwritten", "pingpong", "PENDING=BUFFERS - 1", "PENDING=2 * (BUFFERS - 1)",
+        "one of two boxes is written while TMA may read it", "pingpong plain",
     ),
     Mutation(
         "partial_sum_used_too_early", "blockscaled", "partial = warpgroup_mma_wait(0", "partial = warpgroup_mma_wait(1",

@@ -48,6 +48,12 @@ def pingpong(name: str, **sizes) -> None:
     over_and_over(args, variant="pingpong")
 
 
+def pingpong_channels() -> None:
+    """A scale and a bias for each row of weights, and tiles of several experts a consumer."""
+    sizes = {"num_tokens": 100 if EMULATED else 700, "hidden": 288, "intermediate": 160, "bias": True}
+    over_and_over(quantized_case("fp8_channel", torch.bfloat16, DEVICE, **sizes), variant="pingpong")
+
+
 def pingpong_scales_of_zero() -> None:
     """Scales of 0 that are given."""
     over_and_over(scales_of_zero_case(DEVICE), variant="pingpong")
@@ -115,6 +121,7 @@ KINDS = (
         "pingpong n_major": partial(pingpong, "n_major"),
         "pingpong last columns": partial(pingpong, "plain", hidden=272, intermediate=144),
         "pingpong scales of zero": pingpong_scales_of_zero,
+        "pingpong fp8_channel": pingpong_channels,
         "pingpong many K steps": partial(pingpong, "plain", num_tokens=many(3000), hidden=1032, intermediate=1096),
     },
     {

@@ -7,6 +7,7 @@ import torch
 
 from moe_ops.dispatch import Override, make_plan, override
 from moe_ops.tuning.heuristics import row_group
+from moe_ops.tuning.obstacles import tuned_obstacle
 from tests.unit.test_dispatch import A100, B200, H200, INTERPRETER, problem
 
 
@@ -38,6 +39,19 @@ def test_tiles_of_pingpong_follow_the_device():
     # A short reduction, and few rows.
     assert groups(4096, 768, 132) == (22, 16)
     assert groups(1024, 2048, 132) == (16, 16)
+
+
+@pytest.mark.parametrize(("i", "stages"), [(64, 4), (256, 4), (320, 5), (2048, 5)])
+def test_stages_of_pingpong(i, stages):
+    """One less where a ring has a whole tile in it; the other is allowed all the same."""
+    call = problem(m=4096, h=1024, e=8, top_k=1, i=i)
+    plan = make_plan(call, H200)
+    assert (plan.variant, plan.up.num_stages, plan.down.num_stages) == ("pingpong", 5, stages)
+    five, six = (
+        tuned_obstacle(call, H200, "tma", "pingpong", plan.up, replace(plan.down, num_stages=number))
+        for number in (5, 6)
+    )
+    assert five is None and "has room for 3 to 5" in six
 
 
 @pytest.mark.parametrize("name", ["int4_w4a16", "mxfp4_w4a16", "int8_w8a16"])
