@@ -44,7 +44,8 @@ def load_ahead(sources, expert, block_m, num_m, n, BLOCK_M: gl.constexpr, N: gl.
         else:
             scales = gl.load(row_scale_ptr + rows.to(gl.int64) * stride_sm)
         if weight_scale_ptr is not None:
-            scales *= gl.load(weight_scale_ptr + expert64 * stride_we).to(gl.float32)
+            weight_scale_ptr += expert64 * stride_we
+            scales *= gl.load(weight_scale_ptr).to(gl.float32)
     if channel_scale_ptr is not None:
         channels = _load_columns(channel_scale_ptr + expert64 * stride_we, n, N, COLUMNS, GATED, INTERLEAVED)
     if bias_ptr is not None:

@@ -114,7 +114,8 @@ HOPPER_MUTATIONS = [
     ),
     Mutation(
         "act_divided_by_a_given_zero", "ahead", "given_scale(gl.load(out_scale_ptr + expert64 * stride_oe))",
-        "gl.load(out_scale_ptr + expert64 * stride_oe)", "zeros divided by a given scale of 0", "pingpong scales of zero",
+        "gl.load(out_scale_ptr + expert64 * stride_oe)", "zeros divided by a given scale of 0",
+        "pingpong scales of zero",
     ),
     Mutation(
         "packed_full_parity", "packed", "mbarrier.wait(full.index(stage), phase)",
