@@ -50,7 +50,7 @@ def pingpong(name: str, **sizes) -> None:
 
 def pingpong_channels() -> None:
     """A scale and a bias for each row of weights, and tiles of several experts a consumer."""
-    sizes = {"num_tokens": 100 if EMULATED else 700, "hidden": 288, "intermediate": 160, "bias": True}
+    sizes = {"num_tokens": several(), "hidden": 288, "intermediate": 160, "bias": True}
     over_and_over(quantized_case("fp8_channel", torch.bfloat16, DEVICE, **sizes), variant="pingpong")
 
 
@@ -108,6 +108,11 @@ def every_scale(variant: str) -> None:
         check_every_scale(*every_scale_case(DEVICE, 8), variant)
 
 
+def several() -> int:
+    """So many tokens that every consumer has several tiles."""
+    return 100 if EMULATED else 20000
+
+
 def many(num_tokens: int) -> int:
     """So many tokens on a GPU; emulated it is the K steps that are many."""
     return num_tokens // 50 if EMULATED else num_tokens
@@ -119,7 +124,7 @@ KINDS = (
         "pingpong plain": partial(pingpong, "plain"),
         "pingpong biases_interleaved": partial(pingpong, "biases_interleaved"),
         "pingpong n_major": partial(pingpong, "n_major"),
-        "pingpong last columns": partial(pingpong, "plain", hidden=272, intermediate=144),
+        "pingpong last columns": partial(pingpong, "plain", num_tokens=several(), hidden=272, intermediate=144),
         "pingpong scales of zero": pingpong_scales_of_zero,
         "pingpong fp8_channel": pingpong_channels,
         "pingpong many K steps": partial(pingpong, "plain", num_tokens=many(3000), hidden=1032, intermediate=1096),

@@ -15,8 +15,8 @@ from tests.amount import in_full
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 PEERS = RESULTS / "2026-11-22-h200-peers-bf16.json"
-WHOLE = RESULTS / "2026-11-27-h200-whole-op-bf16.json"
-EAGER = RESULTS / "2026-11-27-h200-eager-bf16.json"
+WHOLE = RESULTS / "2026-11-28-h200-whole-op-bf16.json"
+EAGER = RESULTS / "2026-11-28-h200-eager-bf16.json"
 
 
 @pytest.fixture(scope="module")
@@ -333,5 +333,5 @@ def test_plot_says_what_is_recorded():
     reached = next(line for line in fraction.get_lines() if line.get_label() == "tma").get_ydata()
     assert reached[0] == pytest.approx(cells[0]["limit_ms"] / cells[0]["ms"]["tma"])
     assert "bfloat16, fp8_block," in plots._figure(record | {"format": "fp8_block"}, "", cells).get_suptitle()
-    for words in ("mixtral-8x7b", "NVIDIA H200", "torch 2.11.0", "triton 3.6.0", "2026-11-27"):
+    for words in ("mixtral-8x7b", "NVIDIA H200", "torch 2.11.0", "triton 3.6.0", "2026-11-28"):
         assert words in figure.get_suptitle()
