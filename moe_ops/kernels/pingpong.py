@@ -33,7 +33,7 @@ the up half), and the TMA store clips them. Rows: padding rows come from zeros a
 
 Operands are of 16 bits, or quantised to fp8: then the epilogue multiplies by the scales of the rows and of the weights,
 which the sums over K have in common. The tensor cores keep fewer than 24 bits of an fp8 sum; the error of that, 0.2 to
-0.4 %, is small beside the 2 % of rounding to fp8.
+0.4 %, is small beside the 2 % of rounding to fp8. Scales and biases come a tile ahead (`kernels.ahead`).
 """
 
 import triton
