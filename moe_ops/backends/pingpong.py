@@ -20,7 +20,7 @@ from moe_ops.kernels.pingpong import pingpong_kernel
 from moe_ops.problem import Arguments, Problem
 from moe_ops.routing import Routing
 
-# Columns of a box of the result; two such boxes, one a consumer, beside the stages.
+# Columns of a box of the result; beside the stages each consumer has one such box, or two.
 BOX = 64
 # What a thread's cp.async copies, and the alignment of it.
 _COPY_BYTES = 16

@@ -12,12 +12,6 @@ from moe_ops.kernels.quantize import given_scale
 
 
 @gluon.jit
-def expert_of(tile_experts_ptr, block_m, num_m):
-    """The expert of a row block; past the last one that one's, and 0 without row blocks."""
-    return gl.maximum(gl.load(tile_experts_ptr + gl.maximum(gl.minimum(block_m, num_m - 1), 0)), 0)
-
-
-@gluon.jit
 def load_ahead(sources, expert, block_m, num_m, n, BLOCK_M: gl.constexpr, N: gl.constexpr, COLUMNS: gl.constexpr,
                GATED: gl.constexpr, INTERLEAVED: gl.constexpr, TOP_K: gl.constexpr, LAYOUT: gl.constexpr
                ):  # fmt: skip
@@ -29,7 +23,8 @@ def load_ahead(sources, expert, block_m, num_m, n, BLOCK_M: gl.constexpr, N: gl.
     (row_scale_ptr, stride_sm, stride_se, weight_scale_ptr, channel_scale_ptr, stride_we, bias_ptr, stride_be,
      out_scale_ptr, stride_oe, sorted_routes_ptr, num_routes) = sources  # fmt: skip
     block_m = gl.maximum(gl.minimum(block_m, num_m - 1), 0)
-    expert64 = expert.to(gl.int64)
+    # Without row blocks there is none.
+    expert64 = gl.maximum(expert, 0).to(gl.int64)
     scales = gl.to_tensor(0)
     channels = gl.to_tensor(0)
     biases = gl.to_tensor(0)

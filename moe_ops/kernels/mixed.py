@@ -57,7 +57,7 @@ from moe_ops.kernels.mixed_operand import (
     weight_rows,
 )
 from moe_ops.kernels.packed_operand import offsets
-from moe_ops.kernels.persistent import PATIENCE, load_step, tile
+from moe_ops.kernels.persistent import PATIENCE, expert_of, load_step, tile
 from moe_ops.kernels.rings import next_place
 
 # Registers of the threads of consumer 1 and of the fillers; consumer 0 gets what is left.
@@ -84,11 +84,11 @@ def _fill(CONSUMER: gl.constexpr, ring, rows_desc, weights_desc, tile_experts_pt
     step = CONSUMER
     patience = gl.to_tensor(PATIENCE)
     number, block_m, block_n = tile(step, num_m, NUM_N, GROUP_M)
-    expert = gl.load(tile_experts_ptr + gl.maximum(gl.minimum(block_m, num_m - 1), 0))
+    expert = expert_of(tile_experts_ptr, block_m, num_m)
     while number < num_m * NUM_N:
         # The next tile's expert is fetched while the ring is full, and so costs no time.
         next_number, next_block_m, next_block_n = tile(step + 2, num_m, NUM_N, GROUP_M)
-        next_expert = gl.load(tile_experts_ptr + gl.maximum(gl.minimum(next_block_m, num_m - 1), 0))
+        next_expert = expert_of(tile_experts_ptr, next_block_m, num_m)
         # The last tiles are not for all programs, and of a program's two rings.
         patience = gl.where((step + 2) * gl.num_programs(0) <= num_m * NUM_N, patience, 0)
         for k_step in range(triton.cdiv(K, PARTS * COLUMNS)):

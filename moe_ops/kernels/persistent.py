@@ -36,6 +36,12 @@ def tile(step, num_m, NUM_N: gl.constexpr, GROUP_M: gl.constexpr):
 
 
 @gluon.jit
+def expert_of(tile_experts_ptr, block_m, num_m):
+    """The expert of a row block; past the last one that one's, and -1 without row blocks."""
+    return gl.load(tile_experts_ptr + gl.maximum(gl.minimum(block_m, num_m - 1), 0))
+
+
+@gluon.jit
 def first_column(block_n, N: gl.constexpr, BLOCK_N: gl.constexpr):
     """The first column of out that a tile makes.
 

@@ -49,10 +49,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from moe_ops.kernels.activation import activate_gated, nonlinearity
-from moe_ops.kernels.ahead import affine, expert_of, load_ahead
+from moe_ops.kernels.ahead import affine, load_ahead
 from moe_ops.kernels.compat import block_barrier, cp_async, tma_load
 from moe_ops.kernels.epilogue import halves, quantize, rounded, store_box
-from moe_ops.kernels.persistent import PATIENCE, first_column, load_step, tile
+from moe_ops.kernels.persistent import PATIENCE, expert_of, first_column, load_step, tile
 
 # More warps than 12 would cap a thread at 128 registers when the program starts, too few for wgmma of 256 columns.
 _GATHER_WARPS = gl.constexpr(2)

@@ -12,7 +12,7 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
 from moe_ops.kernels.compat import block_barrier, cp_async, tma_load
-from moe_ops.kernels.persistent import CONSUMER_ROWS, PATIENCE, load_step, tile
+from moe_ops.kernels.persistent import CONSUMER_ROWS, PATIENCE, expert_of, load_step, tile
 
 # Elements of a group of a row, of either side of a block of weights, and columns of a partial sum.
 GROUP = gl.constexpr(128)
@@ -54,11 +54,11 @@ def fill_weights(CONSUMER: gl.constexpr, ring, weights_desc, scales, tile_expert
         step = CONSUMER
         patience = gl.to_tensor(PATIENCE)
         number, block_m, block_n = tile(step, num_m, NUM_N, GROUP_M)
-        expert = gl.load(tile_experts_ptr + gl.maximum(gl.minimum(block_m, num_m - 1), 0))
+        expert = expert_of(tile_experts_ptr, block_m, num_m)
         while number < num_m * NUM_N:
             # The next tile's expert is fetched while the ring is full, and so costs no time.
             next_number, next_block_m, next_block_n = tile(step + STRIDE, num_m, NUM_N, GROUP_M)
-            next_expert = gl.load(tile_experts_ptr + gl.maximum(gl.minimum(next_block_m, num_m - 1), 0))
+            next_expert = expert_of(tile_experts_ptr, next_block_m, num_m)
             # The last tiles are not for all programs, and of a program's two rings.
             patience = gl.where((step + STRIDE) * gl.num_programs(0) <= num_m * NUM_N, patience, 0)
             rows0 = weight_row(block_n, 0, N, HALVES) + offsets_cut
