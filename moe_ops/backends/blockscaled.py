@@ -31,7 +31,7 @@ def up(args: Arguments, problem: Problem, plan: Plan, routing: Routing, progress
         progress: int32, zero: counts the tiles that have been loaded; see `kernels.persistent.keep_step`.
         router_weights: [M, top_k], contiguous.
         x: the hidden states, e4m3 with a scale per group of 128 columns.
-        act: [max_rows, I], e4m3, rows 16 bytes aligned; values and scales are written, those of padding rows included.
+        act: [max_rows, I], e4m3, rows 16 bytes aligned; values and scales are written, values but for padding rows.
     """
     _launch(
         x._replace(values=pingpong.copyable(x.values)), True, args.w1, args.w1_scale, args.w1_bias,
@@ -51,7 +51,7 @@ def down(args: Arguments, problem: Problem, plan: Plan, routing: Routing, progre
         routing: the sorted routes, blocks of `plan.block_m`.
         progress: int32, zero: counts the tiles that have been loaded; see `kernels.persistent.keep_step`.
         act: [max_rows, I], what `up` wrote.
-        rows: [max_rows, H], rows 16 bytes aligned; written, padding rows included.
+        rows: [max_rows, H], rows 16 bytes aligned; written, with row blocks of 64 but for padding rows.
     """
     _launch(
         act, False, args.w2, args.w2_scale, args.w2_bias, None, ScaledRows(rows), routing, progress, problem, plan,
@@ -70,7 +70,7 @@ def _launch(rows: ScaledRows, gather: bool, weight: Tensor, weight_scale: Tensor
         min(plan.num_sms, routing.tile_experts.numel() * cdiv(columns, config.block_n)),
         (values if gather else None, None if gather else pingpong.descriptor(values, [_ROWS, GROUP]),
          pingpong.weight_descriptor(weight, GROUP, GROUP), rows.scale, weight_scale, bias, router_weights,
-         pingpong.descriptor(out.values, [_ROWS, pingpong.BOX if out.scale is None else GROUP]), out.scale,
+         pingpong.result_descriptor(out.values, [_ROWS, pingpong.BOX if out.scale is None else GROUP]), out.scale,
          routing.sorted_routes, routing.tile_experts, routing.num_padded, progress, problem.num_routes,
          values.stride(0) if gather else 0, rows.stride_row, rows.stride_group, *weight_scale.stride(), stride_be,
          out.stride_row, out.stride_group, problem.alpha or 0.0, problem.limit or 0.0),

@@ -69,7 +69,7 @@ def up(args: Arguments, problem: Problem, plan: Plan, routing: Routing, progress
         progress: int32, zero: counts the tiles that have been loaded; see `kernels.persistent.keep_step`.
         router_weights: [M, top_k], contiguous.
         x: the sorted rows in planes, from `scatter`.
-        act: from `empty`, in planes; written, padding rows included.
+        act: from `empty`, in planes; written but for padding rows.
     """
     sides, interleaved = (2 if problem.activation.gated else 1), problem.gate_up_layout == "interleaved"
     w1 = stored_weight(args.w1, problem, plan)
@@ -94,7 +94,7 @@ def down(args: Arguments, problem: Problem, plan: Plan, routing: Routing, progre
         routing: the sorted routes, blocks of `plan.block_m`.
         progress: int32, zero: counts the tiles that have been loaded; see `kernels.persistent.keep_step`.
         act: what `up` wrote.
-        rows: [max_rows, H], rows 16 bytes aligned; written, padding rows included.
+        rows: [max_rows, H], rows 16 bytes aligned; written but for padding rows.
     """
     w2 = stored_weight(args.w2, problem, plan)
     stride_e, stride_n, stride_k = w2.stride()
@@ -124,7 +124,7 @@ def _launch(rows: Tensor, weights_desc: TensorDescriptor, bias: Tensor | None, s
         name, mixed_kernel,
         min(plan.num_sms, routing.tile_experts.numel() * cdiv(columns, config.block_n)),
         (pingpong.descriptor(rows, [config.block_m, COLUMNS.value]), weights_desc, *scales, bias, router_weights,
-         pingpong.descriptor(out, [_BOX_ROWS, COLUMNS.value]), routing.sorted_routes, routing.tile_experts,
+         pingpong.result_descriptor(out, [_BOX_ROWS, COLUMNS.value]), routing.sorted_routes, routing.tile_experts,
          routing.num_padded, progress, problem.num_routes, stride_be, problem.alpha or 0.0, problem.limit or 0.0),
         lambda: {
             "N": columns, **constexprs, "FORMAT": problem.scheme.name, "SCALE_COLUMNS": problem.scheme.scale_columns,

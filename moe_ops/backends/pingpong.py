@@ -43,7 +43,7 @@ def up(args: Arguments, problem: Problem, plan: Plan, routing: Routing, progress
         progress: int32, zero: counts the tiles that have been loaded; see `kernels.persistent.keep_step`.
         router_weights: [M, top_k], contiguous.
         x: the hidden states, quantised where w1 is.
-        act: [max_rows, I], rows 16 bytes aligned; written, padding rows included. In the compute dtype, or in fp8.
+        act: [max_rows, I], rows 16 bytes aligned; written but for padding rows. In the compute dtype, or in fp8.
         act_scale: scales that an fp8 act is divided by, float32: [1], or [E], one per expert. None without.
     """
     _launch(
@@ -64,7 +64,7 @@ def down(args: Arguments, problem: Problem, plan: Plan, routing: Routing, progre
         routing: the sorted routes, blocks of 64.
         progress: int32, zero: counts the tiles that have been loaded; see `kernels.persistent.keep_step`.
         act: [max_rows, I], rows 16 bytes aligned, quantised where w2 is.
-        rows: [max_rows, H], rows 16 bytes aligned; written, padding rows included.
+        rows: [max_rows, H], rows 16 bytes aligned; written but for padding rows.
     """
     _launch(
         act, False, args.w2, args.w2_scale, args.w2_bias, None, rows, None, routing, progress, problem, plan, "down",
@@ -92,7 +92,7 @@ def _launch(rows: ScaledRows, gather: bool, weight: Tensor, weight_scale: Tensor
         (values if gather else None, None if gather else descriptor(values, [config.block_m, config.block_k]),
          weight_descriptor(weight, box, config.block_k), rows.scale, None if per_channel else weight_scale,
          weight_scale if per_channel else None, out_scale, bias, router_weights,
-         descriptor(out, [config.block_m, BOX]),
+         result_descriptor(out, [config.block_m, BOX]),
          routing.sorted_routes, routing.tile_experts, routing.num_padded, progress,
          problem.num_routes,
          values.stride(0) if gather else 0, rows.stride_row, rows.stride_expert,
@@ -122,6 +122,15 @@ def descriptor(
     """A descriptor of a tensor, or of its memory as one of other sizes; a row of the box takes at most 128 bytes."""
     layout = _swizzled(tensor.element_size(), box[-1], len(box))
     return TensorDescriptor(tensor, list(shape or tensor.shape), list(strides or tensor.stride()), box, layout)
+
+
+def result_descriptor(out: Tensor, box: list[int]) -> TensorDescriptor:
+    """[first row, row, column] of a result whose rows are a multiple of the box's, for `kernels.epilogue.store_box`.
+
+    The box of some rows that begins at (r - s, s) begins at row r, and its last s rows are outside.
+    """
+    (rows, columns), (stride, _) = out.shape, out.stride()
+    return descriptor(out, [1, *box], (rows - box[0] + 1, box[0], columns), (stride, stride, 1))
 
 
 def weight_descriptor(weight: Tensor, columns: int, block_k: int) -> TensorDescriptor:

@@ -33,7 +33,8 @@ is waited for while the wgmma of the turn before it run, and its factors are mul
 additions and the wgmma's latency are exposed, and the other consumer's wgmma run meanwhile.
 
 Tails. K: TMA fills with zeros past the last column, the gather masks. N: rows of weights past the last one are zeros
-(past the gate's: rows of the up half), the TMA store clips their columns. Rows: padding rows are zeros and are stored.
+(past the gate's: rows of the up half), the TMA store clips their columns. Rows: padding rows are zeros, and are
+not stored; with SPLIT they are, for want of registers to count them.
 """
 
 import triton
@@ -49,7 +50,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from moe_ops.kernels.compat import block_barrier
 from moe_ops.kernels.epilogue import store_groups
-from moe_ops.kernels.persistent import CONSUMER_ROWS, tile
+from moe_ops.kernels.persistent import CONSUMER_ROWS, routes_of, tile, used_rows
 from moe_ops.kernels.rings import (
     GROUP,
     HALF_SCALES,
@@ -96,9 +97,17 @@ def _consume(CONSUMER: gl.constexpr, rows_ring, weights_ring, out_smem, out_desc
     b_phase = 0
     step = 0 if SPLIT else CONSUMER
     number, block_m, block_n = tile(step, num_m, NUM_N, GROUP_M)
+    sorted_routes_ptr, num_routes = epilogue[0], epilogue[2]
+    if not SPLIT:
+        routes = routes_of(sorted_routes_ptr, block_m * BLOCK_M, num_m * BLOCK_M, BLOCK_M)
     if SPLIT and CONSUMER == 1:
         _pass_turn(0)
     while number < num_m * NUM_N:
+        used = None
+        if not SPLIT:
+            used = used_rows(routes, num_routes)
+            next_number, next_block_m, next_block_n = tile(step + STRIDE, num_m, NUM_N, GROUP_M)
+            routes = routes_of(sorted_routes_ptr, next_block_m * BLOCK_M, num_m * BLOCK_M, BLOCK_M)
         acc0 = gl.zeros((CONSUMER_ROWS, GROUP), gl.float32, LAYOUT)
         acc1 = gl.zeros((CONSUMER_ROWS, GROUP), gl.float32, LAYOUT)
         # Not `= a`: Triton 3.6 does not carry a name that has the same value before a loop and first in it.
@@ -152,10 +161,13 @@ def _consume(CONSUMER: gl.constexpr, rows_ring, weights_ring, out_smem, out_desc
         row = block_m * BLOCK_M + (CONSUMER * CONSUMER_ROWS if SPLIT else 0)
         first = weight_row(block_n, 0, N, HALVES)
         second = weight_row(block_n, 1, N, HALVES)
-        store_groups(acc0, acc1, out_smem.index(CONSUMER), out_desc, epilogue, expert, row, block_n, first, second, N,
-                     GATED, INTERLEAVED, ACTIVATION, HAS_LIMIT, DTYPE)  # fmt: skip
+        store_groups(acc0, acc1, out_smem.index(CONSUMER), out_desc, epilogue, expert, row, used, block_n, first,
+                     second, N, GATED, INTERLEAVED, ACTIVATION, HAS_LIMIT, DTYPE)  # fmt: skip
         step += STRIDE
-        number, block_m, block_n = tile(step, num_m, NUM_N, GROUP_M)
+        if SPLIT:
+            number, block_m, block_n = tile(step, num_m, NUM_N, GROUP_M)
+        else:
+            number, block_m, block_n = next_number, next_block_m, next_block_n
     if SPLIT and CONSUMER == 0:
         _take_turn(0)
     tma.store_wait(0)

@@ -18,19 +18,27 @@ _UNIT = gl.constexpr(16)
 
 
 @gluon.jit
-def store_box(y, out_smem, out_desc, row, column, PENDING: gl.constexpr = 0):
-    """Stores rows of the result from registers, by TMA, a box of the descriptor after the other.
+def store_box(y, out_smem, out_desc, row, used, column, PENDING: gl.constexpr = 0):
+    """Stores the first `used` rows of the result, or all, from registers by TMA, box by box of the descriptor.
+
+    The rest is padding, which nobody reads. The descriptor has the result as [first row, row, column], whose strides
+    over the first two are the same: the box that begins `skipped` rows early and at row `skipped` begins in the same
+    place, and TMA clips its last `skipped` rows. A box before which there are not so many rows is stored whole.
 
     The buffer is free once all stores before but the last PENDING have read theirs.
     """
-    BOX: gl.constexpr = out_desc.block_shape[0]
+    ROWS: gl.constexpr = out_desc.block_shape[1]
     tma.store_wait(PENDING)
     block_barrier()
-    out_smem.store(y.to(out_desc.dtype))
+    out_smem.reshape((out_smem.shape[0] * ROWS, y.shape[1])).slice(0, y.shape[0]).store(y.to(out_desc.dtype))
     fence_async_shared()
     block_barrier()
-    for i in gl.static_range(y.shape[0] // BOX):
-        tma_store(out_desc, [row + i * BOX, column], out_smem.slice(i * BOX, BOX))
+    for i in gl.static_range(y.shape[0] // ROWS):
+        first = row + i * ROWS
+        skipped = 0
+        if used is not None:
+            skipped = gl.minimum(gl.maximum(gl.minimum((i + 1) * ROWS - used, ROWS), 0), first)
+        tma_store(out_desc, [first - skipped, skipped, column], out_smem.slice(i, 1))
 
 
 @gluon.jit
@@ -64,7 +72,7 @@ def quantize(y, scale):
 
 
 @gluon.jit
-def store_group(left, right, out_smem, out_desc, act_scales, row, group, N: gl.constexpr):
+def store_group(left, right, out_smem, out_desc, act_scales, row, used, group, N: gl.constexpr):
     """Stores a group of columns, of which these are the halves, in fp8, with a scale a row from their maximum.
 
     The scales are those of `kernels.quantize.row_scales`, in Gluon.
@@ -77,7 +85,7 @@ def store_group(left, right, out_smem, out_desc, act_scales, row, group, N: gl.c
     rows = row + gl.arange(0, y.shape[0], gl.SliceLayout(1, y.type.layout))
     gl.store(act_scale_ptr + rows.to(gl.int64) * stride_am + group.to(gl.int64) * stride_ag, scale,
              mask=(rows >= 0) & (group < triton.cdiv(N, y.shape[1])))  # fmt: skip
-    store_box(quantize(y, scale[:, None]), out_smem, out_desc, row, group * y.shape[1])
+    store_box(quantize(y, scale[:, None]), out_smem, out_desc, row, used, group * y.shape[1])
 
 
 @gluon.jit
@@ -91,9 +99,9 @@ def _biased(x, bias_ptr, column, N: gl.constexpr):
 
 
 @gluon.jit
-def store_groups(acc0, acc1, out_smem, out_desc, epilogue, expert, row, block_n, first, second, N: gl.constexpr,
-                 GATED: gl.constexpr, INTERLEAVED: gl.constexpr, ACTIVATION: gl.constexpr, HAS_LIMIT: gl.constexpr,
-                 DTYPE: gl.constexpr):  # fmt: skip
+def store_groups(acc0, acc1, out_smem, out_desc, epilogue, expert, row, used, block_n, first, second,
+                 N: gl.constexpr, GATED: gl.constexpr, INTERLEAVED: gl.constexpr, ACTIVATION: gl.constexpr,
+                 HAS_LIMIT: gl.constexpr, DTYPE: gl.constexpr):  # fmt: skip
     """A tile of the block-scaled kernel: routing weight, bias and activation; its columns, quantised in the up GEMM."""
     (sorted_routes_ptr, tile_experts_ptr, num_routes, bias_ptr, stride_be, router_weights_ptr, act_scale_ptr, stride_am,
      stride_ag, alpha, limit) = epilogue  # fmt: skip
@@ -112,12 +120,12 @@ def store_groups(acc0, acc1, out_smem, out_desc, epilogue, expert, row, block_n,
         for half in gl.static_range(2):
             left, right = halves(_biased(acc1 if half else acc0, bias_ptr, second if half else first, WEIGHT_ROWS))
             if ACTIVATION is None:
-                store_box(left, out_smem, out_desc, row, (2 * block_n + half) * GROUP)
-                store_box(right, out_smem, out_desc, row, (2 * block_n + half) * GROUP + GROUP // 2)
+                store_box(left, out_smem, out_desc, row, used, (2 * block_n + half) * GROUP)
+                store_box(right, out_smem, out_desc, row, used, (2 * block_n + half) * GROUP + GROUP // 2)
             else:
                 left = rounded(nonlinearity(left, ACTIVATION, alpha, PTX=True), DTYPE)
                 right = rounded(nonlinearity(right, ACTIVATION, alpha, PTX=True), DTYPE)
-                store_group(left, right, out_smem, out_desc, act_scales, row, 2 * block_n + half, N)
+                store_group(left, right, out_smem, out_desc, act_scales, row, used, 2 * block_n + half, N)
     else:
         MIDDLE: gl.constexpr = GROUP // 2
         for side in gl.static_range(2):
@@ -136,4 +144,4 @@ def store_groups(acc0, acc1, out_smem, out_desc, epilogue, expert, row, block_n,
             y = rounded(y, DTYPE)
             if side == 0:
                 left = y
-        store_group(left, y, out_smem, out_desc, act_scales, row, block_n, N)
+        store_group(left, y, out_smem, out_desc, act_scales, row, used, block_n, N)

@@ -25,7 +25,7 @@ Scales of rows multiply the sums. Those of groups of columns multiply the number
 
 Tails. K: both sides have zeros past the last column. N: rows of weights past the last one are zeros (past the gate's
 too), the columns of act that they would be are stored as zeros, those of the result clipped by the TMA store. Rows:
-padding rows are whatever they are, and so is what becomes of them, which nobody reads.
+padding rows are whatever they are, and what becomes of them is not stored.
 """
 
 import triton
@@ -57,7 +57,7 @@ from moe_ops.kernels.mixed_operand import (
     weight_rows,
 )
 from moe_ops.kernels.packed_operand import offsets
-from moe_ops.kernels.persistent import PATIENCE, expert_of, load_step, tile
+from moe_ops.kernels.persistent import PATIENCE, expert_of, load_step, routes_of, tile, used_rows
 from moe_ops.kernels.rings import next_place
 
 # Registers of the threads of consumer 1 and of the fillers; consumer 0 gets what is left.
@@ -120,38 +120,33 @@ def _consume(CONSUMER: gl.constexpr, ring, out_smem, out_desc, side, epilogue, n
     phase = 0
     step = CONSUMER
     number, block_m, block_n = tile(step, num_m, NUM_N, GROUP_M)
-    expert, few = _facts(epilogue, block_m, num_m, BLOCK_M)
+    sorted_routes_ptr, tile_experts_ptr, num_routes = epilogue[3:6]
+    expert = expert_of(tile_experts_ptr, block_m, num_m)
+    routes = routes_of(sorted_routes_ptr, block_m * BLOCK_M, num_m * BLOCK_M, BLOCK_M)
     while number < num_m * NUM_N:
         # The next tile's are fetched during this one, and so cost no time.
         step += 2
         next_number, next_block_m, next_block_n = tile(step, num_m, NUM_N, GROUP_M)
-        next_expert, next_few = _facts(epilogue, next_block_m, num_m, BLOCK_M)
-        if BLOCK_M > 64 and few:
+        next_expert = expert_of(tile_experts_ptr, next_block_m, num_m)
+        used = used_rows(routes, num_routes)
+        routes = routes_of(sorted_routes_ptr, next_block_m * BLOCK_M, num_m * BLOCK_M, BLOCK_M)
+        if BLOCK_M > 64 and used <= BLOCK_M // 2:
             # What both branches begin with would be merged before them, and the loops' pairs of numbers come apart.
             block_barrier()
             stage, phase = _tile(CONSUMER, BLOCK_M // 2, ring, out_smem, out_desc, side, epilogue, stage, phase, expert,
-                                 block_m, block_n, N, K, ACTIVATION, GATED, INTERLEAVED, HAS_LIMIT, FORMAT,
+                                 used, block_m, block_n, N, K, ACTIVATION, GATED, INTERLEAVED, HAS_LIMIT, FORMAT,
                                  SCALE_COLUMNS, DTYPE)  # fmt: skip
         else:
             stage, phase = _tile(CONSUMER, BLOCK_M, ring, out_smem, out_desc, side, epilogue, stage, phase, expert,
-                                 block_m, block_n, N, K, ACTIVATION, GATED, INTERLEAVED, HAS_LIMIT, FORMAT,
+                                 used, block_m, block_n, N, K, ACTIVATION, GATED, INTERLEAVED, HAS_LIMIT, FORMAT,
                                  SCALE_COLUMNS, DTYPE)  # fmt: skip
-        number, block_m, block_n, expert, few = next_number, next_block_m, next_block_n, next_expert, next_few
+        number, block_m, block_n, expert = next_number, next_block_m, next_block_n, next_expert
     tma.store_wait(0)
 
 
 @gluon.jit
-def _facts(epilogue, block_m, num_m, BLOCK_M: gl.constexpr):
-    """The expert of a row block, and whether the second half of its rows is padding."""
-    sorted_routes_ptr, tile_experts_ptr, num_routes = epilogue[3:6]
-    block_m = gl.maximum(gl.minimum(block_m, num_m - 1), 0)
-    route = gl.load(sorted_routes_ptr + block_m * BLOCK_M + BLOCK_M // 2)
-    return gl.load(tile_experts_ptr + block_m), route >= num_routes
-
-
-@gluon.jit
 def _tile(CONSUMER: gl.constexpr, USED: gl.constexpr, ring, out_smem, out_desc, side, epilogue, stage, phase, expert,
-          block_m, block_n, N: gl.constexpr, K: gl.constexpr, ACTIVATION: gl.constexpr, GATED: gl.constexpr,
+          used, block_m, block_n, N: gl.constexpr, K: gl.constexpr, ACTIVATION: gl.constexpr, GATED: gl.constexpr,
           INTERLEAVED: gl.constexpr, HAS_LIMIT: gl.constexpr, FORMAT: gl.constexpr, SCALE_COLUMNS: gl.constexpr,
           DTYPE: gl.constexpr):  # fmt: skip
     """The first USED rows of a tile; where the ring is after it."""
@@ -227,14 +222,14 @@ def _tile(CONSUMER: gl.constexpr, USED: gl.constexpr, ring, out_smem, out_desc, 
         mbarrier.arrive(empty.index(place), count=1)
     if GROUPS == 0:
         acc *= row_scales.to(gl.float32)[:, None]
-    _store_tile(acc, rows, exist, CONSUMER, out_smem, out_desc, epilogue, expert, block_m * rows_smem.shape[1], block_n,
-                N, ACTIVATION, GATED, HAS_LIMIT, PLANES, DTYPE)  # fmt: skip
+    _store_tile(acc, rows, exist, CONSUMER, out_smem, out_desc, epilogue, expert, block_m * rows_smem.shape[1], used,
+                block_n, N, ACTIVATION, GATED, HAS_LIMIT, PLANES, DTYPE)  # fmt: skip
     return stage, phase
 
 
 @gluon.jit
-def _store_tile(acc, weight_rows, exist, CONSUMER: gl.constexpr, out_smem, out_desc, epilogue, expert, row, block_n,
-                N: gl.constexpr, ACTIVATION: gl.constexpr, GATED: gl.constexpr, HAS_LIMIT: gl.constexpr,
+def _store_tile(acc, weight_rows, exist, CONSUMER: gl.constexpr, out_smem, out_desc, epilogue, expert, row, used,
+                block_n, N: gl.constexpr, ACTIVATION: gl.constexpr, GATED: gl.constexpr, HAS_LIMIT: gl.constexpr,
                 PLANES: gl.constexpr, DTYPE: gl.constexpr):  # fmt: skip
     """Router weights, bias and activation of a tile in registers, then its columns, those of act in planes."""
     bias_ptr, stride_be, router_weights_ptr, sorted_routes_ptr, _, num_routes, alpha, limit = epilogue
@@ -252,24 +247,24 @@ def _store_tile(acc, weight_rows, exist, CONSUMER: gl.constexpr, out_smem, out_d
     acc0, acc1 = acc.reshape((2, ROWS // 2, acc.shape[1])).permute((1, 2, 0)).split()
     if GATED:
         y = activate_gated(acc0, acc1, ACTIVATION, HAS_LIMIT, alpha, limit, PTX=True)
-        _store_half(y, CONSUMER, out_smem, out_desc, row, block_n * COLUMNS, ORDER, DTYPE)
+        _store_half(y, CONSUMER, out_smem, out_desc, row, used, block_n * COLUMNS, ORDER, DTYPE)
     else:
         for half in gl.static_range(2):
             y = acc1 if half else acc0
             if ACTIVATION is not None:
                 y = nonlinearity(y, ACTIVATION, alpha, PTX=True)
-            _store_half(y, CONSUMER, out_smem, out_desc, row, (2 * block_n + half) * COLUMNS, ORDER, DTYPE)
+            _store_half(y, CONSUMER, out_smem, out_desc, row, used, (2 * block_n + half) * COLUMNS, ORDER, DTYPE)
 
 
 @gluon.jit
-def _store_half(y, CONSUMER: gl.constexpr, out_smem, out_desc, row, column, PLANES: gl.constexpr,
+def _store_half(y, CONSUMER: gl.constexpr, out_smem, out_desc, row, used, column, PLANES: gl.constexpr,
                 DTYPE: gl.constexpr):  # fmt: skip
     """Stores columns [COLUMNS, rows] of rows, in planes if PLANES > 1."""
     USED: gl.constexpr = y.shape[1]
     y = rounded(y, DTYPE)
     if PLANES > 1:
         y = y.reshape((COLUMNS // PLANES, PLANES, USED)).permute((1, 0, 2)).reshape((COLUMNS, USED))
-    store_box(y.permute((1, 0)), out_smem.index(CONSUMER).slice(0, USED), out_desc, row, column)
+    store_box(y.permute((1, 0)), out_smem.index(CONSUMER), out_desc, row, used, column)
 
 
 _RUNTIME = ["num_routes", "stride_se", "stride_sn", "stride_sk", "stride_ze", "stride_zn", "stride_zk", "stride_be"]
@@ -298,7 +293,8 @@ def mixed_kernel(
     weights_smem = gl.allocate_shared_memory(
         weights_desc.dtype, [2 * STAGES] + weights_desc.block_shape, weights_desc.layout
     )
-    out_smem = gl.allocate_shared_memory(out_desc.dtype, [2, BLOCK_M, COLUMNS], out_desc.layout)
+    BOXES: gl.constexpr = [BLOCK_M // out_desc.block_shape[1]] + out_desc.block_shape[1:]
+    out_smem = gl.allocate_shared_memory(out_desc.dtype, [2] + BOXES, out_desc.layout)
     full = gl.allocate_shared_memory(gl.int64, [2 * STAGES, 1], BARRIER)
     empty = gl.allocate_shared_memory(gl.int64, [2 * STAGES, 1], BARRIER)
     for i in gl.static_range(2 * STAGES):

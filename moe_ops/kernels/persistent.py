@@ -42,6 +42,20 @@ def expert_of(tile_experts_ptr, block_m, num_m):
 
 
 @gluon.jit
+def routes_of(sorted_routes_ptr, row, num_rows, ROWS: gl.constexpr):
+    """The routes of ROWS rows, for `used_rows`; past the last row those of the last ones. In each warp all of them."""
+    LAYOUT: gl.constexpr = gl.BlockedLayout([ROWS // 32], [32], [gl.num_warps()], [0])
+    first = gl.maximum(gl.minimum(row, num_rows - ROWS), 0)
+    return gl.load(sorted_routes_ptr + first + gl.arange(0, ROWS, LAYOUT))
+
+
+@gluon.jit
+def used_rows(routes, num_routes):
+    """How many rows of a row block have a route: the first ones, those behind them are padding."""
+    return gl.sum((routes < num_routes).to(gl.int32), 0)
+
+
+@gluon.jit
 def first_column(block_n, N: gl.constexpr, BLOCK_N: gl.constexpr):
     """The first column of out that a tile makes.
 

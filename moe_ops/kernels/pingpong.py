@@ -29,7 +29,7 @@ the completed phase before it for the one it wants, and read a stage that is not
 
 Tails. K: TMA fills with zeros past the last column of weights and act, the gather past the last column of x; it takes
 both sides, since 0 * NaN is NaN. N: accumulator columns past the last one come from zeros (gate columns: from rows of
-the up half), and the TMA store clips them. Rows: padding rows come from zeros and are stored like others.
+the up half), and the TMA store clips them. Rows: padding rows come from zeros and are not stored.
 
 Operands are of 16 bits, or quantised to fp8: then the epilogue multiplies by the scales of the rows and of the weights,
 which the sums over K have in common. The tensor cores keep fewer than 24 bits of an fp8 sum; the error of that, 0.2 to
@@ -52,7 +52,7 @@ from moe_ops.kernels.activation import activate_gated, nonlinearity
 from moe_ops.kernels.ahead import affine, load_ahead
 from moe_ops.kernels.compat import block_barrier, cp_async, tma_load
 from moe_ops.kernels.epilogue import halves, quantize, rounded, store_box
-from moe_ops.kernels.persistent import PATIENCE, expert_of, first_column, load_step, tile
+from moe_ops.kernels.persistent import PATIENCE, expert_of, first_column, load_step, routes_of, tile, used_rows
 
 # More warps than 12 would cap a thread at 128 registers when the program starts, too few for wgmma of 256 columns.
 _GATHER_WARPS = gl.constexpr(2)
@@ -183,6 +183,7 @@ def _consume(CONSUMER: gl.constexpr, ring, turn, out_smem, out_desc, columns_sme
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, STEP])
     columns = (None if columns_smem[0] is None else columns_smem[0].index(CONSUMER),
                None if columns_smem[1] is None else columns_smem[1].index(CONSUMER))  # fmt: skip
+    sorted_routes_ptr, num_routes = epilogue[1:3]
     BUFFERS: gl.constexpr = out_smem.shape[0] // 2
     buffers = (out_smem.index(CONSUMER * BUFFERS), out_smem.index(CONSUMER * BUFFERS + BUFFERS - 1))
     num_m = gl.load(num_padded_ptr) // BLOCK_M
@@ -190,6 +191,7 @@ def _consume(CONSUMER: gl.constexpr, ring, turn, out_smem, out_desc, columns_sme
     number, block_m, block_n = tile(step, num_m, NUM_N, GROUP_M)
     n = first_column(block_n, N, BLOCK_N)
     expert = expert_of(tile_experts_ptr, block_m, num_m)
+    routes = routes_of(sorted_routes_ptr, block_m * BLOCK_M, num_m * BLOCK_M, BLOCK_M)
     scales, channels, biases, out_scale = load_ahead(
         sources, expert, block_m, num_m, n, BLOCK_M, N, COLUMNS, GATED, INTERLEAVED, TOP_K, LAYOUT,
     )  # fmt: skip
@@ -201,6 +203,8 @@ def _consume(CONSUMER: gl.constexpr, ring, turn, out_smem, out_desc, columns_sme
             columns[0].store(channels)
         if columns[1] is not None:
             columns[1].store(biases)
+        used = used_rows(routes, num_routes)
+        routes = routes_of(sorted_routes_ptr, next_block_m * BLOCK_M, num_m * BLOCK_M, BLOCK_M)
         next_n = first_column(next_block_n, N, BLOCK_N)
         next_scales, channels, biases, next_out_scale = load_ahead(
             sources, next_expert, next_block_m, num_m, next_n, BLOCK_M, N, COLUMNS, GATED, INTERLEAVED, TOP_K, LAYOUT,
@@ -228,8 +232,8 @@ def _consume(CONSUMER: gl.constexpr, ring, turn, out_smem, out_desc, columns_sme
         mbarrier.arrive(empty.index((first + K_STEPS + STAGES - 1) % STAGES), count=1)
         if sources[0] is not None:
             acc *= scales[:, None]
-        _store_tile(acc, buffers, BUFFERS, out_desc, columns, out_scale, epilogue, block_m, n, GATED, INTERLEAVED,
-                    ACTIVATION, HAS_LIMIT, DTYPE)  # fmt: skip
+        _store_tile(acc, buffers, BUFFERS, out_desc, columns, out_scale, epilogue, block_m, used, n, GATED,
+                    INTERLEAVED, ACTIVATION, HAS_LIMIT, DTYPE)  # fmt: skip
         step += 2
         number, block_m, n = next_number, next_block_m, next_n
         scales, out_scale = next_scales, next_out_scale
@@ -239,13 +243,13 @@ def _consume(CONSUMER: gl.constexpr, ring, turn, out_smem, out_desc, columns_sme
 
 
 @gluon.jit
-def _store_tile(acc, buffers, BUFFERS: gl.constexpr, out_desc, columns, out_scale, epilogue, block_m, n,
+def _store_tile(acc, buffers, BUFFERS: gl.constexpr, out_desc, columns, out_scale, epilogue, block_m, used, n,
                 GATED: gl.constexpr, INTERLEAVED: gl.constexpr, ACTIVATION: gl.constexpr, HAS_LIMIT: gl.constexpr,
                 DTYPE: gl.constexpr):  # fmt: skip
     """Routing weight, bias and activation of a tile in registers, then its columns n and following, box by box."""
     router_weights_ptr, sorted_routes_ptr, num_routes, alpha, limit = epilogue
-    BLOCK_M: gl.constexpr = out_desc.block_shape[0]
-    BOX: gl.constexpr = out_desc.block_shape[1]
+    BLOCK_M: gl.constexpr = out_desc.block_shape[1]
+    BOX: gl.constexpr = out_desc.block_shape[2]
     BOXES: gl.constexpr = acc.shape[1] // (2 * BOX if GATED else BOX)
     row = block_m * BLOCK_M
     if router_weights_ptr is not None:
@@ -270,7 +274,7 @@ def _store_tile(acc, buffers, BUFFERS: gl.constexpr, out_desc, columns, out_scal
             y = activate_gated(gate, up, ACTIVATION, HAS_LIMIT, alpha, limit, PTX=True)
         if out_desc.dtype.primitive_bitwidth == 8:
             y = quantize(rounded(y, DTYPE), out_scale)
-        store_box(y, buffers[box % 2], out_desc, row, column, PENDING=BUFFERS - 1)
+        store_box(y, buffers[box % 2], out_desc, row, used, column, PENDING=BUFFERS - 1)
 
 
 @gluon.jit(do_not_specialize=[

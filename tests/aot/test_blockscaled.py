@@ -84,7 +84,7 @@ def test_variants(name, block_m):
         # Two consumers with one loop each, of a turn for either half of it: four instructions.
         assert kernel.count(f"wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.{weights}") == 16
         assert kernel.count("wgmma.mma_async") == 16
-        assert kernel.count("cp.async.bulk.tensor.3d.shared") > 0 < kernel.count("cp.async.bulk.tensor.2d.global")
+        assert kernel.count("cp.async.bulk.tensor.3d.shared") > 0 < kernel.count("cp.async.bulk.tensor.3d.global")
         # Consumers that share their ring take turns.
         assert (kernel.count("bar.arrive") > 0) == (block_m == 128)
     # The up GEMM gathers by 16 bytes and quantises, the down GEMM takes its rows by TMA.

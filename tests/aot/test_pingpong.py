@@ -118,7 +118,7 @@ def test_variants(name):
         assert kernel.count(f"wgmma.mma_async.sync.aligned.m64n256{multiplication(options)}") == 8
         assert kernel.count("wgmma.mma_async") == 8
         # Weights by box [1, rows, columns], results by box [rows, columns].
-        assert kernel.count("cp.async.bulk.tensor.3d.shared") > 0 < kernel.count("cp.async.bulk.tensor.2d.global")
+        assert kernel.count("cp.async.bulk.tensor.3d.shared") > 0 < kernel.count("cp.async.bulk.tensor.3d.global")
     # The up GEMM gathers by 16 bytes, the down GEMM takes its rows by TMA.
     assert up.count("cp.async.cg.shared.global") > 0 < up.count("cp.async.mbarrier.arrive.noinc")
     assert up.count("cp.async.ca") == up.count("cp.async.bulk.tensor.2d.shared") == 0

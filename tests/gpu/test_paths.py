@@ -7,6 +7,7 @@ import moe_ops
 from moe_ops.cli.bench import SHAPES
 from moe_ops.testing import assert_correct, assert_exact, exact_inputs, override, poisoned_memory, random_inputs
 from tests.cases import OPTIONS, option_case, run
+from tests.padding import PADDED, assert_padding_left, padded_case
 
 CAPABILITY = torch.cuda.get_device_capability() if torch.cuda.is_available() else (0, 0)
 HAS_TMA = torch.version.cuda is not None and CAPABILITY >= (9, 0)
@@ -46,6 +47,12 @@ def test_option_without_a_sort(name, path):
 
 
 HOPPER = pytest.mark.skipif(CAPABILITY[0] != 9, reason="wgmma is Hopper's")
+
+
+@HOPPER
+@pytest.mark.parametrize(("name", "variant"), PADDED)
+def test_padding_is_left(name, variant):
+    assert_padding_left(padded_case(name, "cuda"), path="tma", variant=variant)
 
 
 @HOPPER

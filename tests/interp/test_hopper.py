@@ -29,6 +29,7 @@ from tests.amount import ALL, params
 from tests.cases import OPTIONS, option_case, run
 from tests.fuzz import drawing
 from tests.interp.test_fuzz import EXAMPLES
+from tests.padding import PADDED, assert_padding_left, padded_case
 from tests.quantized import (
     FORMATS,
     check_every_scale,
@@ -86,6 +87,13 @@ def test_format(name, variant, tokens):
     dtype = torch.float16 if tokens == 9 else torch.bfloat16
     args = quantized_case(name, dtype, num_tokens=tokens, hidden=288, bias=True, routing="zipf")
     assert_correct(emulated(args, variant), args)
+
+
+@pytest.mark.parametrize(("name", "variant"), PADDED)
+def test_padding_is_left(name, variant):
+    """No bytes are written for rows that nobody reads."""
+    with hopper():
+        assert_padding_left(padded_case(name), path="tma", variant=variant)
 
 
 OPTIONS_OF_FORMATS = ("biases_interleaved", "router_weight_on_input", "swigluoai", "silu_no_gate")

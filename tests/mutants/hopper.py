@@ -82,6 +82,23 @@ HOPPER_MUTATIONS = [
         "out_scale = next_out_scale", "tiles of a consumer have the scales of its first rows", "pingpong fp8_channel",
     ),
     Mutation(
+        "padding_rows_stored", "epilogue", "skipped = gl.minimum(gl.maximum(", "skipped = 0 * gl.minimum(gl.maximum(",
+        "rows that nobody reads are stored", "pingpong padding",
+    ),
+    Mutation(
+        "last_row_of_a_block_lost", "epilogue", "(i + 1) * ROWS - used", "(i + 1) * ROWS - used + 1",
+        "a row is taken for padding", "pingpong plain",
+    ),
+    Mutation(
+        "clipped_box_begins_too_late", "epilogue", "[first - skipped, skipped, column]", "[first, skipped, column]",
+        "rows of a block with padding are stored behind their places", "pingpong plain",
+    ),
+    Mutation(
+        "rows_used_of_the_first_tile", "pingpong", "routes = routes_of(sorted_routes_ptr, next_block_m * BLOCK_M,",
+        "routes = routes_of(sorted_routes_ptr, block_m * BLOCK_M,", "a tile ends where the one before ends",
+        "pingpong last columns",
+    ),
+    Mutation(
         "blockscaled_weights_empty_parity", "rings", "mbarrier.wait(empty.index(FIRST + stage), phase)",
         "mbarrier.wait(empty.index(FIRST + stage), phase ^ 1)",
         "the weights wait for a pass that nobody has begun", "blockscaled fp8_block",
@@ -199,7 +216,7 @@ HOPPER_MUTATIONS = [
         "the columns of act are not in planes", "mixed int8",
     ),
     Mutation(
-        "mixed_half_of_a_full_block", "mixed", "block_m * BLOCK_M + BLOCK_M // 2)", "block_m * BLOCK_M + BLOCK_M - 1)",
+        "mixed_half_of_a_full_block", "mixed", "used <= BLOCK_M // 2", "used < BLOCK_M",
         "a block counts as half empty when its last row is padding", "mixed full blocks",
     ),
     Mutation(

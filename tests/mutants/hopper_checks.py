@@ -16,6 +16,7 @@ from moe_ops.testing import assert_correct, emulate, override, poisoned_memory
 from moe_ops.testing.hopper import hopper
 from moe_ops.tuning import TileConfig
 from tests.cases import option_case, run
+from tests.padding import assert_padding_left, padded_case
 from tests.quantized import check_every_scale, every_scale_case, fine_scales_case, quantized_case, scales_of_zero_case
 
 EMULATED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -52,6 +53,12 @@ def pingpong_channels() -> None:
     """A scale and a bias for each row of weights, and tiles of several experts a consumer."""
     sizes = {"num_tokens": several(), "hidden": 288, "intermediate": 160, "bias": True}
     over_and_over(quantized_case("fp8_channel", torch.bfloat16, DEVICE, **sizes), variant="pingpong")
+
+
+def pingpong_padding() -> None:
+    """Rows that nobody reads."""
+    with machine():
+        assert_padding_left(padded_case(None, DEVICE), path="tma", variant="pingpong")
 
 
 def pingpong_scales_of_zero() -> None:
@@ -126,6 +133,7 @@ KINDS = (
         "pingpong n_major": partial(pingpong, "n_major"),
         "pingpong last columns": partial(pingpong, "plain", num_tokens=several(), hidden=272, intermediate=144),
         "pingpong scales of zero": pingpong_scales_of_zero,
+        "pingpong padding": pingpong_padding,
         "pingpong fp8_channel": pingpong_channels,
         "pingpong many K steps": partial(pingpong, "plain", num_tokens=many(3000), hidden=1032, intermediate=1096),
     },

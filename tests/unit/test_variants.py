@@ -39,6 +39,8 @@ def test_tiles_of_pingpong_follow_the_device():
     # A short reduction, and few rows.
     assert groups(4096, 768, 132) == (22, 16)
     assert groups(1024, 2048, 132) == (16, 16)
+    # A row block an expert, whose columns lie together.
+    assert groups(8 * 48, 2048, 132) == (1, 1)
 
 
 @pytest.mark.parametrize(("i", "stages"), [(64, 4), (256, 4), (320, 5), (2048, 5)])

@@ -171,6 +171,9 @@ class Language:
             data = combine(Value(left), Value(right)).data
         return Value(data.squeeze(axis))
 
+    def sum(self, x: Value, axis: int) -> Value:
+        return Value(x.data.sum(axis, dtype=x.data.dtype))
+
     def convert_layout(self, x: Value, layout: Any, assert_trivial: bool = False) -> Value:
         return Value(x.data, registers=register_steps(layout))
 
