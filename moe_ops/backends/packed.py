@@ -26,6 +26,8 @@ from moe_ops.routing import Routing
 
 # Rows of a side of w1 that lie together in a stage.
 _SIDE = 8
+# Rows up to which a program may have several tiles.
+_ROWS_OF_MANY_TILES = 16
 # Registers of a thread when a program of 8 warps starts, by how many of them share a multiprocessor. Those who fill the
 # stages give theirs up to those who multiply.
 _REGISTERS = {4: 64, 3: 80, 2: 128, 1: 168}
@@ -49,10 +51,11 @@ def up(args: Arguments, problem: Problem, plan: Plan, routing: Routing, router_w
     config, w1 = plan.up, stored_weight(args.w1, problem, plan)
     bias, stride_be = bias_and_stride(args.w1_bias)
     Launcher(plan.kernels)(
-        "up", packed_up_kernel, plan.max_tiles * cdiv(problem.intermediate_size, config.block_n),
+        "up", packed_up_kernel,
+        _programs(problem, plan, config, cdiv(problem.intermediate_size, config.block_n)),
         (x, _w1_descriptor(w1, problem, config.block_n), bias,
-         router_weights if problem.router_weight_on_input else None, act, *routing[:2], problem.num_routes,
-         problem.alpha or 0.0, problem.limit or 0.0, x.stride(0), stride_be, act.stride(0),
+         router_weights if problem.router_weight_on_input else None, act, *routing[:2], plan.max_tiles,
+         problem.num_routes, problem.alpha or 0.0, problem.limit or 0.0, x.stride(0), stride_be, act.stride(0),
          *weight_scales(args, problem, "w1")),
         lambda: {
             "N": problem.intermediate_size, "K": problem.hidden_size, "TOP_K": problem.top_k,
@@ -75,14 +78,34 @@ def down(args: Arguments, problem: Problem, plan: Plan, routing: Routing, act: T
     config, w2 = plan.down, stored_weight(args.w2, problem, plan)
     bias, stride_be = bias_and_stride(args.w2_bias)
     Launcher(plan.kernels)(
-        "down", packed_down_kernel, plan.max_tiles * cdiv(problem.hidden_size, config.block_n) * plan.splits,
-        (act, pingpong.descriptor(w2, [1, config.block_n, STEP.value]), bias, rows, *routing[:2], problem.num_routes,
+        "down", packed_down_kernel,
+        _programs(problem, plan, config, cdiv(problem.hidden_size, config.block_n) * plan.splits),
+        (act, pingpong.descriptor(w2, [1, config.block_n, STEP.value]), bias, rows, *routing[:2], plan.max_tiles,
+         problem.num_routes,
          plan.max_rows, act.stride(0), stride_be, rows.stride(0), *weight_scales(args, problem, "w2")),
         lambda: {
             "N": problem.hidden_size, "K": problem.intermediate_size,
             **_constexprs(problem, config, args.w2_zero_point), "SPLITS": plan.splits, **dependent(plan),
         },
     )  # fmt: skip
+
+
+def _programs(problem: Problem, plan: Plan, config, columns: int) -> int:
+    """Programs for `columns` tiles of each row block; where one may have several, the first ones take what is left.
+
+    Those of row blocks that there are not hold up the next launch. So there are as many as experts can be expected to
+    meet at least, E * R / (E + R) of R routes, but enough to keep the device busy twice over.
+    """
+    if _one_tile(config):
+        return plan.max_tiles * columns
+    experts, routes = problem.num_experts, problem.num_routes
+    busy = cdiv(2 * config.packed_programs() * plan.num_sms, columns)
+    return min(plan.max_tiles, max(experts * routes // (experts + routes), busy)) * columns
+
+
+def _one_tile(config) -> bool:
+    """Whether a program has one tile: with 32 rows it is slower where it may have more, even if it has not."""
+    return config.block_m > _ROWS_OF_MANY_TILES
 
 
 def _w1_descriptor(w1: Tensor, problem: Problem, columns: int) -> TensorDescriptor:
@@ -103,6 +126,6 @@ def _constexprs(problem: Problem, config, zero_point: Tensor | None) -> dict[str
     return {
         "FORMAT": form["FORMAT"], "SCALE_COLUMNS": form["SCALE_COLUMNS"], "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n, "GROUP_M": config.group_m, "STAGES": config.num_stages,
-        "PROXY_FENCE": pingpong.PROXY_FENCE, "num_warps": config.num_warps,
+        "ONE_TILE": _one_tile(config), "PROXY_FENCE": pingpong.PROXY_FENCE, "num_warps": config.num_warps,
         "maxnreg": max(_REGISTERS[config.packed_programs()], 0 if zero_point is None else _REGISTERS_ZERO),
     }  # fmt: skip

@@ -47,6 +47,7 @@ from moe_ops.kernels.packed_ring import (
     PLANES,
     STEP,
     TILES,
+    begin_again,
     fill_rows,
     fill_weights,
     filler_registers,
@@ -256,60 +257,101 @@ def _consume_down(rings, tile, side, routing, epilogue, N: gl.constexpr, K: gl.c
                  mask=mask[None, :] & exists[:, None])  # fmt: skip
 
 
-@gluon.jit(do_not_specialize=["num_routes", "stride_be", "alpha", "limit"])
+@gluon.jit
+def _up_tile(rings, tile, side, routing, epilogue, x_ptr, stride_xm, weights_desc, N: gl.constexpr, K: gl.constexpr,
+             TOP_K: gl.constexpr, ACTIVATION: gl.constexpr, GATED: gl.constexpr, INTERLEAVED: gl.constexpr,
+             HAS_LIMIT: gl.constexpr, FORMAT: gl.constexpr, SCALE_COLUMNS: gl.constexpr, BLOCK_M: gl.constexpr,
+             BLOCK_N: gl.constexpr, FENCE: gl.constexpr):  # fmt: skip
+    # Constexprs must stand in the tuples at the call: a tuple in a variable would turn them into tensors.
+    gl.warp_specialize([
+        (_consume_up, (rings, tile, side, routing, epilogue, N, K, ACTIVATION, GATED, INTERLEAVED, HAS_LIMIT, FORMAT,
+                       SCALE_COLUMNS, x_ptr.dtype.element_ty, BLOCK_M, BLOCK_N)),
+        (fill_rows, (rings, tile, x_ptr, stride_xm, routing[0], routing[1], K, TOP_K, BLOCK_M, 1, False, FENCE)),
+        (fill_weights, (rings, tile, weights_desc, ROWS, triton.cdiv(K, BLOCK_K), 1, GATED)),
+    ], [1, 1], [filler_registers(BLOCK_M), filler_registers(BLOCK_M)])  # fmt: skip
+
+
+@gluon.jit
+def _down_tile(rings, tile, side, routing, epilogue, act_ptr, stride_am, weights_desc, N: gl.constexpr,
+               K: gl.constexpr, FORMAT: gl.constexpr, SCALE_COLUMNS: gl.constexpr, BLOCK_M: gl.constexpr,
+               BLOCK_N: gl.constexpr, SPLITS: gl.constexpr, WAIT: gl.constexpr, FENCE: gl.constexpr):  # fmt: skip
+    gl.warp_specialize([
+        (_consume_down, (rings, tile, side, routing, epilogue, N, K, FORMAT, SCALE_COLUMNS, act_ptr.dtype.element_ty,
+                         BLOCK_M, BLOCK_N, SPLITS)),
+        (fill_rows, (rings, tile, act_ptr, stride_am, routing[0], routing[1], K, 0, BLOCK_M, SPLITS, WAIT, FENCE)),
+        (fill_weights, (rings, tile, weights_desc, ROWS, triton.cdiv(K, BLOCK_K), SPLITS, False)),
+    ], [1, 1], [filler_registers(BLOCK_M), filler_registers(BLOCK_M)])  # fmt: skip
+
+
+@gluon.jit(do_not_specialize=["max_tiles", "num_routes", "stride_be", "alpha", "limit"])
 def packed_up_kernel(
     x_ptr, weights_desc, bias_ptr, router_weights_ptr, act_ptr,
-    sorted_routes_ptr, tile_experts_ptr, num_routes, alpha, limit, stride_xm, stride_be, stride_am,
+    sorted_routes_ptr, tile_experts_ptr, max_tiles, num_routes, alpha, limit, stride_xm, stride_be, stride_am,
     scale_ptr, stride_se, stride_sn, stride_sk, zero_ptr, stride_ze, stride_zn, stride_zk,
     N: gl.constexpr, K: gl.constexpr, TOP_K: gl.constexpr, ACTIVATION: gl.constexpr, GATED: gl.constexpr,
     INTERLEAVED: gl.constexpr, HAS_LIMIT: gl.constexpr, FORMAT: gl.constexpr, SCALE_COLUMNS: gl.constexpr,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, GROUP_M: gl.constexpr, STAGES: gl.constexpr,
-    PROXY_FENCE: gl.constexpr, PDL: gl.constexpr,
+    ONE_TILE: gl.constexpr, PROXY_FENCE: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """act[p, :N] = act(x[token of p] @ w1[e]^T (* router weight) + b1[e]) for the sorted rows p; x and act in planes.
 
-    A tile makes BLOCK_N columns of act. The boxes of the descriptor are those of `backends.packed`.
+    A tile makes BLOCK_N columns of act. The boxes of the descriptor are those of `backends.packed`. Of the tiles of
+    max_tiles row blocks, which need not all be there, a program has one, or without ONE_TILE others after it.
     """
     rings = start(weights_desc, x_ptr.dtype.element_ty, BLOCK_M, STAGES)
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
-    tile = tile_of(tile_experts_ptr, triton.cdiv(N, BLOCK_N), GROUP_M, 1)
+    NUM_N: gl.constexpr = triton.cdiv(N, BLOCK_N)
     side = (scale_ptr, stride_se, stride_sn, stride_sk, zero_ptr, stride_ze, stride_zn, stride_zk)
     routing = (sorted_routes_ptr, num_routes)
     epilogue = (bias_ptr, stride_be, router_weights_ptr, act_ptr, stride_am, alpha, limit)
-    # Constexprs must stand in the tuples at the call: a tuple in a variable would turn them into tensors.
-    gl.warp_specialize([
-        (_consume_up, (rings, tile, side, routing, epilogue, N, K, ACTIVATION, GATED, INTERLEAVED, HAS_LIMIT, FORMAT,
-                       SCALE_COLUMNS, x_ptr.dtype.element_ty, BLOCK_M, BLOCK_N)),
-        (fill_rows, (rings, tile, x_ptr, stride_xm, sorted_routes_ptr, num_routes, K, TOP_K, BLOCK_M, 1, False,
-                     PROXY_FENCE)),
-        (fill_weights, (rings, tile, weights_desc, ROWS, triton.cdiv(K, BLOCK_K), 1, GATED)),
-    ], [1, 1], [filler_registers(BLOCK_M), filler_registers(BLOCK_M)])  # fmt: skip
+    index = gl.program_id(0)
+    if ONE_TILE:
+        tile = tile_of(index, max_tiles, tile_experts_ptr, NUM_N, GROUP_M, 1)
+        _up_tile(rings, tile, side, routing, epilogue, x_ptr, stride_xm, weights_desc, N, K, TOP_K, ACTIVATION, GATED,
+                 INTERLEAVED, HAS_LIMIT, FORMAT, SCALE_COLUMNS, BLOCK_M, BLOCK_N, PROXY_FENCE)  # fmt: skip
+    else:
+        while index < max_tiles * NUM_N:
+            tile = tile_of(index, max_tiles, tile_experts_ptr, NUM_N, GROUP_M, 1)
+            if tile[3] >= 0:
+                if index >= gl.num_programs(0):
+                    begin_again(rings)
+                _up_tile(rings, tile, side, routing, epilogue, x_ptr, stride_xm, weights_desc, N, K, TOP_K, ACTIVATION,
+                         GATED, INTERLEAVED, HAS_LIMIT, FORMAT, SCALE_COLUMNS, BLOCK_M, BLOCK_N, PROXY_FENCE
+                         )  # fmt: skip
+            index += gl.num_programs(0)
 
 
-@gluon.jit(do_not_specialize=["num_routes", "stride_be", "max_rows"])
+@gluon.jit(do_not_specialize=["max_tiles", "num_routes", "stride_be", "max_rows"])
 def packed_down_kernel(
-    act_ptr, weights_desc, bias_ptr, rows_ptr, sorted_routes_ptr, tile_experts_ptr, num_routes, max_rows,
+    act_ptr, weights_desc, bias_ptr, rows_ptr, sorted_routes_ptr, tile_experts_ptr, max_tiles, num_routes, max_rows,
     stride_am, stride_be, stride_rm,
     scale_ptr, stride_se, stride_sn, stride_sk, zero_ptr, stride_ze, stride_zn, stride_zk,
     N: gl.constexpr, K: gl.constexpr, FORMAT: gl.constexpr, SCALE_COLUMNS: gl.constexpr,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, GROUP_M: gl.constexpr, STAGES: gl.constexpr, SPLITS: gl.constexpr,
-    PROXY_FENCE: gl.constexpr, PDL: gl.constexpr,
+    ONE_TILE: gl.constexpr, PROXY_FENCE: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """rows[p, :N] = act[p] @ w2[e]^T + b2[e] for the sorted rows p, act in planes; padding rows are never stored.
 
     SPLITS programs share a tile, each with its own steps along K, and its own rows in fp32, which the combine adds up.
     """
     rings = start(weights_desc, act_ptr.dtype.element_ty, BLOCK_M, STAGES)
-    tile = tile_of(tile_experts_ptr, triton.cdiv(N, BLOCK_N), GROUP_M, SPLITS)
+    NUM_N: gl.constexpr = triton.cdiv(N, BLOCK_N)
     side = (scale_ptr, stride_se, stride_sn, stride_sk, zero_ptr, stride_ze, stride_zn, stride_zk)
     routing = (sorted_routes_ptr, num_routes)
     epilogue = (bias_ptr, stride_be, rows_ptr, stride_rm, max_rows)
-    gl.warp_specialize([
-        (_consume_down, (rings, tile, side, routing, epilogue, N, K, FORMAT, SCALE_COLUMNS, act_ptr.dtype.element_ty,
-                         BLOCK_M, BLOCK_N, SPLITS)),
-        (fill_rows, (rings, tile, act_ptr, stride_am, sorted_routes_ptr, num_routes, K, 0, BLOCK_M, SPLITS, PDL,
-                     PROXY_FENCE)),
-        (fill_weights, (rings, tile, weights_desc, ROWS, triton.cdiv(K, BLOCK_K), SPLITS, False)),
-    ], [1, 1], [filler_registers(BLOCK_M), filler_registers(BLOCK_M)])  # fmt: skip
+    index = gl.program_id(0)
+    if ONE_TILE:
+        tile = tile_of(index, max_tiles, tile_experts_ptr, NUM_N, GROUP_M, SPLITS)
+        _down_tile(rings, tile, side, routing, epilogue, act_ptr, stride_am, weights_desc, N, K, FORMAT, SCALE_COLUMNS,
+                   BLOCK_M, BLOCK_N, SPLITS, PDL, PROXY_FENCE)  # fmt: skip
+    else:
+        while index < max_tiles * NUM_N * SPLITS:
+            tile = tile_of(index, max_tiles, tile_experts_ptr, NUM_N, GROUP_M, SPLITS)
+            if tile[3] >= 0:
+                if index >= gl.num_programs(0):
+                    begin_again(rings)
+                _down_tile(rings, tile, side, routing, epilogue, act_ptr, stride_am, weights_desc, N, K, FORMAT,
+                           SCALE_COLUMNS, BLOCK_M, BLOCK_N, SPLITS, PDL, PROXY_FENCE)  # fmt: skip
+            index += gl.num_programs(0)

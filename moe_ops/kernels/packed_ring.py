@@ -44,9 +44,7 @@ def start(weights_desc, DTYPE: gl.constexpr, BLOCK_M: gl.constexpr, STAGES: gl.c
     """A program's rings: (weights, rows, barriers `full`, barriers `empty`), with the same stages."""
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(STAGES):
-        mbarrier.init(full.index(i), count=2)
-        mbarrier.init(empty.index(i), count=1)
+    _begin(full, empty, STAGES)
     w_smem = gl.allocate_shared_memory(weights_desc.dtype, [STAGES] + weights_desc.block_shape, weights_desc.layout)
     x_smem = gl.allocate_shared_memory(
         DTYPE, [STAGES * TILES, BLOCK_M, 2 * BLOCK], gl.NVMMASharedLayout(4 * BLOCK, 16, 2)
@@ -57,13 +55,33 @@ def start(weights_desc, DTYPE: gl.constexpr, BLOCK_M: gl.constexpr, STAGES: gl.c
 
 
 @gluon.jit
-def tile_of(tile_experts_ptr, NUM_N: gl.constexpr, GROUP_M: gl.constexpr, SPLITS: gl.constexpr):
-    """(row block, column block, part of K, expert) of this program."""
-    num_m = gl.num_programs(0) // SPLITS // NUM_N
-    block_m, block_n = tile(gl.program_id(0) // SPLITS, num_m, NUM_N, GROUP_M)
+def _begin(full, empty, STAGES: gl.constexpr):
+    for i in gl.static_range(STAGES):
+        mbarrier.init(full.index(i), count=2)
+        mbarrier.init(empty.index(i), count=1)
+
+
+@gluon.jit
+def begin_again(rings):
+    """Makes rings that are no longer used those of another tile."""
+    w_smem, x_smem, full, empty = rings
+    STAGES: gl.constexpr = w_smem.shape[0]
+    block_barrier()
+    for i in gl.static_range(STAGES):
+        mbarrier.invalidate(full.index(i))
+        mbarrier.invalidate(empty.index(i))
+    _begin(full, empty, STAGES)
+    fence_async_shared()
+    block_barrier()
+
+
+@gluon.jit
+def tile_of(index, max_tiles, tile_experts_ptr, NUM_N: gl.constexpr, GROUP_M: gl.constexpr, SPLITS: gl.constexpr):
+    """(row block, column block, part of K, expert) of a tile; -1 for the expert of a row block that there is not."""
+    block_m, block_n = tile(index // SPLITS, max_tiles, NUM_N, GROUP_M)
     # Past the L1, which may still have a line of the call before this one.
     expert = gl.load(tile_experts_ptr + block_m, cache_modifier=".cg")
-    return block_m, block_n, gl.program_id(0) % SPLITS, expert
+    return block_m, block_n, index % SPLITS, expert
 
 
 @gluon.jit

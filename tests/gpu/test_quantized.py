@@ -77,6 +77,19 @@ def test_down_gemm_in_parts(name, splits, path):
     assert torch.equal(out, again)
 
 
+@pytest.mark.parametrize("name", ["int4", "mxfp4"])
+def test_more_row_blocks_than_programs(name):
+    """Of launches with fewer programs than tiles the first ones have two."""
+    sizes = {"experts": 64, "top_k": 4, "hidden": 4096, "intermediate": 1024}
+    args = quantized_case(name, torch.bfloat16, "cuda", num_tokens=24, **sizes)
+    skip_unless_it_runs(args, "tma", "packed")
+    with override(path="tma", variant="packed"), poisoned_memory():
+        out = run(args)
+        again = run(args)
+    assert_correct(out, args)
+    assert torch.equal(out, again)
+
+
 @DTYPES
 @pytest.mark.parametrize(("name", "option"), with_options())
 def test_option(name, option, dtype):

@@ -184,6 +184,14 @@ HOPPER_MUTATIONS = [
         "gl.minimum(split * PART + PART + 1, STEPS)", "a step is in two parts", "packed in parts",
     ),
     Mutation(
+        "packed_first_tile_again", "packed_ring", "tile(index // SPLITS,", "tile(gl.program_id(0) // SPLITS,",
+        "a program's second tile is its first once more", "packed many tiles",
+    ),
+    Mutation(
+        "packed_rings_as_they_were", "packed_ring", "    _begin(full, empty, STAGES)\n    fence", "    fence",
+        "a second tile has no barriers", "packed many tiles",
+    ),
+    Mutation(
         "packed_planes_end_in_what_was_there", "packed", "if WIDTH * PLANES > N and block_n", "if N < 0 and block_n",
         "columns behind a plane's last are multiplied as they are", "packed int4",
     ),

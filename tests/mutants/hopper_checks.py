@@ -78,6 +78,12 @@ def packed(name: str, splits: int = 1, **sizes) -> None:
     over_and_over(quantized_case(name, torch.bfloat16, DEVICE, **sizes), variant="packed", splits=splits)
 
 
+def packed_many_tiles() -> None:
+    """More row blocks than the launches have programs for."""
+    sizes = {"experts": 8, "hidden": 512} if EMULATED else {"experts": 64, "hidden": 4096, "intermediate": 1024}
+    packed("int4", num_tokens=24, top_k=4, **sizes)
+
+
 def mixed(name: str, **sizes) -> None:
     """A format of weights beside 16-bit rows."""
     sizes = {"num_tokens": 60 if EMULATED else 700, "hidden": 288, "intermediate": 160, "bias": True} | sizes
@@ -149,6 +155,7 @@ KINDS = (
         "packed int4_zero_points": partial(packed, "int4_zero_points"),
         "packed mxfp4": partial(packed, "mxfp4"),
         "packed every scale": partial(every_scale, "packed"),
+        "packed many tiles": packed_many_tiles,
         "packed in parts": partial(packed, "int4", splits=2, num_tokens=3, intermediate=1184),
         "packed many K steps": partial(
             packed, "mxfp4", num_tokens=many(300), hidden=2048, intermediate=160 if EMULATED else 1184

@@ -50,7 +50,7 @@ class Language:
             id(gl): language, id(tl): language, id(triton): SimpleNamespace(cdiv=lambda a, b: -(-int(a) // int(b))),
             id(mbarrier): SimpleNamespace(
                 MBarrierLayout=lambda *_: mbarrier, init=self._init, expect=self._expect, arrive=self._arrive,
-                wait=self._wait,
+                wait=self._wait, invalidate=Barrier.invalidate,
             ),
             id(tma): SimpleNamespace(store_wait=self._store_wait),
             id(async_copy): SimpleNamespace(

@@ -59,7 +59,15 @@ class Barrier:
 
     def init(self, count: int) -> None:
         """So many arrivals in a phase."""
+        if self.count:
+            raise HopperError("barrier", "a barrier is made once more, and was not invalidated")
         self.count = self.left = count
+
+    def invalidate(self) -> None:
+        """Its memory may be another barrier's."""
+        if self.left != self.count or self.bytes:
+            raise HopperError("barrier", "a barrier is invalidated in the middle of a phase")
+        self.count = self.left = self.phase = 0
 
     def arrive(self, count: int = 1) -> None:
         """Arrivals."""
@@ -142,13 +150,13 @@ class Machine:
         self._failure: BaseException | None = None
         self._over = _held()
         self._named: dict[int, Barrier] = {}
-        # It begins with one role, which is over when others run side by side.
-        self.role = Role("start", num_warps)
+        # It begins with one role, which goes on when others that ran side by side are over.
+        self._start = self.role = Role("start", num_warps)
         self._roles = [self.role]
 
     def run(self, tasks: list[tuple[str, int, Callable[[], object]]]) -> None:
         """Runs roles side by side to their ends: (name, warps, what to do)."""
-        self._roles = [Role(name, num_warps) for name, num_warps, _ in tasks]
+        self._roles, self._over = [Role(name, num_warps) for name, num_warps, _ in tasks], _held()
         bodies = [task for _, _, task in tasks]
         threads = [
             threading.Thread(target=self._live, args=pair, daemon=True)
@@ -165,6 +173,8 @@ class Machine:
             thread.join()
         if self._failure is not None:
             raise self._failure
+        self._start.flights += (flight for role in self._roles for flight in role.flights if not flight.done)
+        self.role, self._roles = self._start, [self._start]
 
     def _live(self, role: Role, body: Callable[[], object]) -> None:
         role.baton.acquire()
