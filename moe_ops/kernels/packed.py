@@ -1,6 +1,6 @@
 """The up and the down GEMM of experts of packed 4-bit weights for a few rows each, on Hopper (sm_90).
 
-A program has one row block of one expert and 64 rows of its weights, and steps along K by 256: 128 bytes of a row of
+A tile is one row block of one expert and 64 rows of its weights, in steps along K of 256: 128 bytes of a row of
 weights, which TMA brings into a ring of stages with the same columns of the rows, in planes (`kernels.layout`), which
 cp.async gathers. Weights go from there into registers, become pairs of bfloat16 or float16 there
 (`kernels.packed_operand`), and are the tall operand of wgmma, which takes them from there:
@@ -19,7 +19,8 @@ scale and product, and those of mxfp4 in bfloat16 by the product that makes numb
 Rows of w1 lie in a stage in pieces of 16, eight of the gate and the eight of up that belong to them: a thread of wgmma
 has row r and row r + 8 of a piece, and with them both sides of a column of act.
 
-Three roles share a program of 8 warps, two of which are idle, and one ring of stages:
+A program has one tile, or others after it where there are fewer programs than tiles. Three roles share a program of 8
+warps, two of which are idle, and one ring of stages, which begins anew with every tile:
 
     fill_weights    1 warp    waits for `empty`; TMA; announces its bytes at `full`
     fill_rows       1 warp    waits for `empty`; cp.async; arrives at `full` when the copies are there
