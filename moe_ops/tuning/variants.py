@@ -33,9 +33,11 @@ _PACKED_STEP, _PACKED_WEIGHTS, _PACKED_GROUPS, _SIDE, _CODES = 256, 64, (32, 64,
 _PACKED_STAGES = 8
 # Rows an expert can expect above which variant "mixed" is ahead.
 _MIXED_ROWS = {"int8_w8a16": 16, "int4_w4a16": 20, "mxfp4_w4a16": 16}
-# Rows an expert can expect up to which a block of 64 holds those of nearly all: programs side by side have no weights
-# in common then, and are faster with columns that lie together.
+# Rows an expert can expect up to which a block of 64 holds those of nearly all.
 _ONE_BLOCK_ROWS = 48
+# Column blocks up to which programs side by side, each row block's together, still have several row blocks: where
+# routing is uneven, those of one expert are among them.
+_FEW_COLUMN_BLOCKS = 64
 # Stages of the ping-pong kernel's ring that fit.
 PINGPONG_STAGES = 5
 # Rows an expert can expect above which the block-scaled kernel's row block is 128: less traffic, but more padding.
@@ -203,12 +205,24 @@ def _hopper_obstacle(problem: Problem, device: Device) -> str | None:
 def pingpong_tiles(problem: Problem) -> tuple[TileConfig, TileConfig]:
     """(up, down): 64 rows and 256 rows of weights, two consumers of 4 warps, steps of 128 bytes along K."""
     block_k = 128 if problem.scheme.quantized else 64
-    group_m = 1 if expected_rows(problem) <= _ONE_BLOCK_ROWS else 16
     up, down = (
-        TileConfig(64, 256, block_k, group_m, 4, _pingpong_stages(-(-size // block_k)))
+        TileConfig(64, 256, block_k, 16, 4, _pingpong_stages(-(-size // block_k)))
         for size in (problem.hidden_size, problem.intermediate_size)
     )
-    return (replace(up, block_n=128) if problem.activation.gated else up), down
+    return _one_side_by_side(problem, replace(up, block_n=128) if problem.activation.gated else up, down)
+
+
+def _one_side_by_side(problem: Problem, up: TileConfig, down: TileConfig) -> tuple[TileConfig, TileConfig]:
+    """The same tiles in an order by row blocks, where few experts have two: no weights are shared then.
+
+    Memory serves columns of one expert, which lie together, a little faster than those of many.
+    """
+    if expected_rows(problem) > _ONE_BLOCK_ROWS:
+        return up, down
+    return tuple(
+        replace(tile, group_m=1) if -(-columns // tile.block_n) <= _FEW_COLUMN_BLOCKS else tile
+        for tile, columns in ((up, problem.intermediate_size), (down, problem.hidden_size))
+    )
 
 
 def _pingpong_stages(k_steps: int) -> int:
@@ -222,9 +236,8 @@ def _pingpong_stages(k_steps: int) -> int:
 def blockscaled_tiles(problem: Problem) -> tuple[TileConfig, TileConfig]:
     """(up, down): two consumers, 64 rows and 256 rows of weights each, with a row block each or one for both."""
     block_m = 128 if expected_rows(problem) > _BLOCKSCALED_SPLIT_ROWS else 64
-    group_m = 1 if expected_rows(problem) <= _ONE_BLOCK_ROWS else 16
-    down = TileConfig(block_m=block_m, block_n=256, block_k=128, group_m=group_m, num_warps=4, num_stages=5)
-    return (replace(down, block_n=128) if problem.activation.gated else down), down
+    down = TileConfig(block_m=block_m, block_n=256, block_k=128, group_m=16, num_warps=4, num_stages=5)
+    return _one_side_by_side(problem, replace(down, block_n=128) if problem.activation.gated else down, down)
 
 
 def packed_tiles(problem: Problem, device: Device) -> tuple[TileConfig, TileConfig]:
@@ -252,10 +265,10 @@ def mixed_tiles(problem: Problem, block_m: int | None = None) -> tuple[TileConfi
     if block_m is None:
         block_m = 64 if expected_rows(problem) <= _ONE_BLOCK_ROWS else 128
     if block_m == 64:
-        down = TileConfig(64, 128, 128, 1, 4, 4 if problem.scheme.packed else 3, True)
+        down = TileConfig(64, 128, 128, 8, 4, 4 if problem.scheme.packed else 3, True)
     else:
         down = TileConfig(block_m, 128, 64, 8, 4, 4, True)
-    return (replace(down, block_n=64) if problem.activation.gated else down), down
+    return _one_side_by_side(problem, replace(down, block_n=64) if problem.activation.gated else down, down)
 
 
 def active_experts(problem: Problem) -> float:

@@ -8,6 +8,7 @@ import torch
 from moe_ops.dispatch import Override, make_plan, override
 from moe_ops.tuning.heuristics import row_group
 from moe_ops.tuning.obstacles import tuned_obstacle
+from moe_ops.tuning.variants import pingpong_tiles
 from tests.unit.test_dispatch import A100, B200, H200, INTERPRETER, problem
 
 
@@ -39,8 +40,13 @@ def test_tiles_of_pingpong_follow_the_device():
     # A short reduction, and few rows.
     assert groups(4096, 768, 132) == (22, 16)
     assert groups(1024, 2048, 132) == (16, 16)
-    # A row block an expert, whose columns lie together.
-    assert groups(8 * 48, 2048, 132) == (1, 1)
+
+
+@pytest.mark.parametrize(("rows", "i", "groups"), [(48, 2048, (1, 1)), (49, 2048, (16, 16)), (48, 14336, (16, 1))])
+def test_columns_of_an_expert_side_by_side(rows, i, groups):
+    """With a row block an expert, unless there are too many columns."""
+    up, down = pingpong_tiles(problem(m=8 * rows, e=8, top_k=1, i=i))
+    assert (up.group_m, down.group_m) == groups
 
 
 @pytest.mark.parametrize(("i", "stages"), [(64, 4), (256, 4), (320, 5), (2048, 5)])
