@@ -34,7 +34,7 @@ additions and the wgmma's latency are exposed, and the other consumer's wgmma ru
 
 Tails. K: TMA fills with zeros past the last column, the gather masks. N: rows of weights past the last one are zeros
 (past the gate's: rows of the up half), the TMA store clips their columns. Rows: padding rows are zeros, and are
-not stored; with SPLIT they are, for want of registers to count them.
+not stored, but with SPLIT and without a gate.
 """
 
 import triton
@@ -98,13 +98,15 @@ def _consume(CONSUMER: gl.constexpr, rows_ring, weights_ring, out_smem, out_desc
     step = 0 if SPLIT else CONSUMER
     number, block_m, block_n = tile(step, num_m, NUM_N, GROUP_M)
     sorted_routes_ptr, num_routes = epilogue[0], epilogue[2]
-    if not SPLIT:
+    # Counting takes registers, which these do not have.
+    COUNTED: gl.constexpr = not SPLIT and (GATED or ACTIVATION is None)
+    if COUNTED:
         routes = routes_of(sorted_routes_ptr, block_m * BLOCK_M, num_m * BLOCK_M, BLOCK_M)
     if SPLIT and CONSUMER == 1:
         _pass_turn(0)
     while number < num_m * NUM_N:
         used = None
-        if not SPLIT:
+        if COUNTED:
             used = used_rows(routes, num_routes)
             next_number, next_block_m, next_block_n = tile(step + STRIDE, num_m, NUM_N, GROUP_M)
             routes = routes_of(sorted_routes_ptr, next_block_m * BLOCK_M, num_m * BLOCK_M, BLOCK_M)
@@ -164,10 +166,10 @@ def _consume(CONSUMER: gl.constexpr, rows_ring, weights_ring, out_smem, out_desc
         store_groups(acc0, acc1, out_smem.index(CONSUMER), out_desc, epilogue, expert, row, used, block_n, first,
                      second, N, GATED, INTERLEAVED, ACTIVATION, HAS_LIMIT, DTYPE)  # fmt: skip
         step += STRIDE
-        if SPLIT:
-            number, block_m, block_n = tile(step, num_m, NUM_N, GROUP_M)
-        else:
+        if COUNTED:
             number, block_m, block_n = next_number, next_block_m, next_block_n
+        else:
+            number, block_m, block_n = tile(step, num_m, NUM_N, GROUP_M)
     if SPLIT and CONSUMER == 0:
         _take_turn(0)
     tma.store_wait(0)

@@ -122,14 +122,19 @@ def _consume(CONSUMER: gl.constexpr, ring, out_smem, out_desc, side, epilogue, n
     number, block_m, block_n = tile(step, num_m, NUM_N, GROUP_M)
     sorted_routes_ptr, tile_experts_ptr, num_routes = epilogue[3:6]
     expert = expert_of(tile_experts_ptr, block_m, num_m)
-    routes = routes_of(sorted_routes_ptr, block_m * BLOCK_M, num_m * BLOCK_M, BLOCK_M)
+    # With zero points the up GEMM has no registers to count with, and asks for half of a block alone.
+    COUNTED: gl.constexpr = ACTIVATION is None or side[4] is None
+    routes = _routes(sorted_routes_ptr, block_m, num_m, BLOCK_M, COUNTED)
     while number < num_m * NUM_N:
         # The next tile's are fetched during this one, and so cost no time.
         step += 2
         next_number, next_block_m, next_block_n = tile(step, num_m, NUM_N, GROUP_M)
         next_expert = expert_of(tile_experts_ptr, next_block_m, num_m)
-        used = used_rows(routes, num_routes)
-        routes = routes_of(sorted_routes_ptr, next_block_m * BLOCK_M, num_m * BLOCK_M, BLOCK_M)
+        if COUNTED:
+            used = used_rows(routes, num_routes)
+        else:
+            used = gl.where(routes < num_routes, BLOCK_M, BLOCK_M // 2)
+        routes = _routes(sorted_routes_ptr, next_block_m, num_m, BLOCK_M, COUNTED)
         if BLOCK_M > 64 and used <= BLOCK_M // 2:
             # What both branches begin with would be merged before them, and the loops' pairs of numbers come apart.
             block_barrier()
@@ -142,6 +147,16 @@ def _consume(CONSUMER: gl.constexpr, ring, out_smem, out_desc, side, epilogue, n
                                  SCALE_COLUMNS, DTYPE)  # fmt: skip
         number, block_m, block_n, expert = next_number, next_block_m, next_block_n, next_expert
     tma.store_wait(0)
+
+
+@gluon.jit
+def _routes(sorted_routes_ptr, block_m, num_m, BLOCK_M: gl.constexpr, ALL: gl.constexpr):
+    """Routes of a row block, or the first one of its second half."""
+    if ALL:
+        return routes_of(sorted_routes_ptr, block_m * BLOCK_M, num_m * BLOCK_M, BLOCK_M)
+    else:
+        block_m = gl.maximum(gl.minimum(block_m, num_m - 1), 0)
+        return gl.load(sorted_routes_ptr + block_m * BLOCK_M + BLOCK_M // 2)
 
 
 @gluon.jit
