@@ -31,7 +31,7 @@ def up(args: Arguments, problem: Problem, plan: Plan, routing: Routing, progress
         progress: int32, zero: counts the tiles that have been loaded; see `kernels.persistent.keep_step`.
         router_weights: [M, top_k], contiguous.
         x: the hidden states, e4m3 with a scale per group of 128 columns.
-        act: [max_rows, I], e4m3, rows 16 bytes aligned; values and scales are written, values but for padding rows.
+        act: [max_rows, I], e4m3, rows 16 bytes aligned; values and scales are written, those of padding rows or not.
     """
     _launch(
         x._replace(values=pingpong.copyable(x.values)), True, args.w1, args.w1_scale, args.w1_bias,
@@ -51,7 +51,7 @@ def down(args: Arguments, problem: Problem, plan: Plan, routing: Routing, progre
         routing: the sorted routes, blocks of `plan.block_m`.
         progress: int32, zero: counts the tiles that have been loaded; see `kernels.persistent.keep_step`.
         act: [max_rows, I], what `up` wrote.
-        rows: [max_rows, H], rows 16 bytes aligned; written, with row blocks of 64 but for padding rows.
+        rows: [max_rows, H], rows 16 bytes aligned; written, padding rows or not.
     """
     _launch(
         act, False, args.w2, args.w2_scale, args.w2_bias, None, ScaledRows(rows), routing, progress, problem, plan,

@@ -69,7 +69,7 @@ def up(args: Arguments, problem: Problem, plan: Plan, routing: Routing, progress
         progress: int32, zero: counts the tiles that have been loaded; see `kernels.persistent.keep_step`.
         router_weights: [M, top_k], contiguous.
         x: the sorted rows in planes, from `scatter`.
-        act: from `empty`, in planes; written but for padding rows.
+        act: from `empty`, in planes; written, padding rows or not.
     """
     sides, interleaved = (2 if problem.activation.gated else 1), problem.gate_up_layout == "interleaved"
     w1 = stored_weight(args.w1, problem, plan)
@@ -94,7 +94,7 @@ def down(args: Arguments, problem: Problem, plan: Plan, routing: Routing, progre
         routing: the sorted routes, blocks of `plan.block_m`.
         progress: int32, zero: counts the tiles that have been loaded; see `kernels.persistent.keep_step`.
         act: what `up` wrote.
-        rows: [max_rows, H], rows 16 bytes aligned; written but for padding rows.
+        rows: [max_rows, H], rows 16 bytes aligned; written, padding rows or not.
     """
     w2 = stored_weight(args.w2, problem, plan)
     stride_e, stride_n, stride_k = w2.stride()

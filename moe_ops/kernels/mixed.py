@@ -25,7 +25,7 @@ Scales of rows multiply the sums. Those of groups of columns multiply the number
 
 Tails. K: both sides have zeros past the last column. N: rows of weights past the last one are zeros (past the gate's
 too), the columns of act that they would be are stored as zeros, those of the result clipped by the TMA store. Rows:
-padding rows are whatever they are, and what becomes of them is not stored.
+padding rows are whatever they are; what becomes of them is not stored, or with zero points is read by nobody.
 """
 
 import triton
@@ -122,8 +122,8 @@ def _consume(CONSUMER: gl.constexpr, ring, out_smem, out_desc, side, epilogue, n
     number, block_m, block_n = tile(step, num_m, NUM_N, GROUP_M)
     sorted_routes_ptr, tile_experts_ptr, num_routes = epilogue[3:6]
     expert = expert_of(tile_experts_ptr, block_m, num_m)
-    # With zero points the up GEMM has no registers to count with, and asks for half of a block alone.
-    COUNTED: gl.constexpr = ACTIVATION is None or side[4] is None
+    # With zero points there are no registers to count with.
+    COUNTED: gl.constexpr = side[4] is None
     routes = _routes(sorted_routes_ptr, block_m, num_m, BLOCK_M, COUNTED)
     while number < num_m * NUM_N:
         # The next tile's are fetched during this one, and so cost no time.
@@ -132,10 +132,12 @@ def _consume(CONSUMER: gl.constexpr, ring, out_smem, out_desc, side, epilogue, n
         next_expert = expert_of(tile_experts_ptr, next_block_m, num_m)
         if COUNTED:
             used = used_rows(routes, num_routes)
+            few = used <= BLOCK_M // 2
         else:
-            used = gl.where(routes < num_routes, BLOCK_M, BLOCK_M // 2)
+            used = None
+            few = routes >= num_routes
         routes = _routes(sorted_routes_ptr, next_block_m, num_m, BLOCK_M, COUNTED)
-        if BLOCK_M > 64 and used <= BLOCK_M // 2:
+        if BLOCK_M > 64 and few:
             # What both branches begin with would be merged before them, and the loops' pairs of numbers come apart.
             block_barrier()
             stage, phase = _tile(CONSUMER, BLOCK_M // 2, ring, out_smem, out_desc, side, epilogue, stage, phase, expert,
