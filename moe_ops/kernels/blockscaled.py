@@ -34,7 +34,7 @@ additions and the wgmma's latency are exposed, and the other consumer's wgmma ru
 
 Tails. K: TMA fills with zeros past the last column, the gather masks. N: rows of weights past the last one are zeros
 (past the gate's: rows of the up half), the TMA store clips their columns. Rows: padding rows are zeros, and are
-not stored, but with SPLIT and without a gate.
+not stored, but with SPLIT, and in the up GEMM without a gate.
 """
 
 import triton
@@ -98,7 +98,7 @@ def _consume(CONSUMER: gl.constexpr, rows_ring, weights_ring, out_smem, out_desc
     step = 0 if SPLIT else CONSUMER
     number, block_m, block_n = tile(step, num_m, NUM_N, GROUP_M)
     sorted_routes_ptr, num_routes = epilogue[0], epilogue[2]
-    # Counting takes registers, which these do not have.
+    # Counting takes registers that there are not with SPLIT, nor in the up GEMM without a gate.
     COUNTED: gl.constexpr = not SPLIT and (GATED or ACTIVATION is None)
     if COUNTED:
         routes = routes_of(sorted_routes_ptr, block_m * BLOCK_M, num_m * BLOCK_M, BLOCK_M)

@@ -117,7 +117,7 @@ def test_variants(name):
         # Two consumers with one loop each of four instructions: no copy of the loop for the first or the last step.
         assert kernel.count(f"wgmma.mma_async.sync.aligned.m64n256{multiplication(options)}") == 8
         assert kernel.count("wgmma.mma_async") == 8
-        # Weights by box [1, rows, columns], results by box [rows, columns].
+        # Weights and results by box [1, rows, columns].
         assert kernel.count("cp.async.bulk.tensor.3d.shared") > 0 < kernel.count("cp.async.bulk.tensor.3d.global")
     # The up GEMM gathers by 16 bytes, the down GEMM takes its rows by TMA.
     assert up.count("cp.async.cg.shared.global") > 0 < up.count("cp.async.mbarrier.arrive.noinc")
