@@ -1,6 +1,6 @@
 """The parts of the docs that are made from results, between two comments:
 
-    <!-- current: peers 2026-11-26-h100-whole-op-bf16.json 2026-11-22-h200-peers-bf16.json -->
+    <!-- current: peers 2026-11-28-h200-whole-op-bf16.json 2026-11-22-h200-peers-bf16.json -->
     ...
     <!-- end -->
 

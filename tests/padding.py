@@ -10,7 +10,7 @@ from moe_ops.testing import override, poisoned_memory
 from tests.cases import option_case, run
 from tests.quantized import quantized_case
 
-# (format, variant) that leave it; the block-scaled kernel with row blocks of 128, and mixed with zero points, do not.
+# (format, variant) that leave it; docs/kernels.md names those that do not.
 PADDED = [
     (None, "sorted"),
     (None, "pingpong"),

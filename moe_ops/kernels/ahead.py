@@ -8,6 +8,7 @@ registers; those of columns, which all rows have in common, go through shared me
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+from moe_ops.kernels.persistent import existing
 from moe_ops.kernels.quantize import given_scale
 
 
@@ -22,7 +23,7 @@ def load_ahead(sources, expert, block_m, num_m, n, BLOCK_M: gl.constexpr, N: gl.
     """
     (row_scale_ptr, stride_sm, stride_se, weight_scale_ptr, channel_scale_ptr, stride_we, bias_ptr, stride_be,
      out_scale_ptr, stride_oe, sorted_routes_ptr, num_routes) = sources  # fmt: skip
-    block_m = gl.maximum(gl.minimum(block_m, num_m - 1), 0)
+    block_m = existing(block_m, num_m)
     # Without row blocks there is none.
     expert64 = gl.maximum(expert, 0).to(gl.int64)
     scales = gl.to_tensor(0)

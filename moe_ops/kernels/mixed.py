@@ -57,7 +57,7 @@ from moe_ops.kernels.mixed_operand import (
     weight_rows,
 )
 from moe_ops.kernels.packed_operand import offsets
-from moe_ops.kernels.persistent import PATIENCE, expert_of, load_step, routes_of, tile, used_rows
+from moe_ops.kernels.persistent import PATIENCE, existing, expert_of, load_step, routes_of, tile, used_rows
 from moe_ops.kernels.rings import next_place
 
 # Registers of the threads of consumer 1 and of the fillers; consumer 0 gets what is left.
@@ -157,8 +157,7 @@ def _routes(sorted_routes_ptr, block_m, num_m, BLOCK_M: gl.constexpr, ALL: gl.co
     if ALL:
         return routes_of(sorted_routes_ptr, block_m * BLOCK_M, num_m * BLOCK_M, BLOCK_M)
     else:
-        block_m = gl.maximum(gl.minimum(block_m, num_m - 1), 0)
-        return gl.load(sorted_routes_ptr + block_m * BLOCK_M + BLOCK_M // 2)
+        return gl.load(sorted_routes_ptr + existing(block_m, num_m) * BLOCK_M + BLOCK_M // 2)
 
 
 @gluon.jit

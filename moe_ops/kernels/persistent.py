@@ -36,9 +36,15 @@ def tile(step, num_m, NUM_N: gl.constexpr, GROUP_M: gl.constexpr):
 
 
 @gluon.jit
+def existing(block_m, num_m):
+    """A row block that can be read of: past the last one that one, and 0 without row blocks."""
+    return gl.maximum(gl.minimum(block_m, num_m - 1), 0)
+
+
+@gluon.jit
 def expert_of(tile_experts_ptr, block_m, num_m):
     """The expert of a row block; past the last one that one's, and -1 without row blocks."""
-    return gl.load(tile_experts_ptr + gl.maximum(gl.minimum(block_m, num_m - 1), 0))
+    return gl.load(tile_experts_ptr + existing(block_m, num_m))
 
 
 @gluon.jit

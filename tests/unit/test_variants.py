@@ -8,7 +8,7 @@ import torch
 from moe_ops.dispatch import Override, make_plan, override
 from moe_ops.tuning.heuristics import row_group
 from moe_ops.tuning.obstacles import tuned_obstacle
-from moe_ops.tuning.variants import pingpong_tiles
+from moe_ops.tuning.variants import blockscaled_tiles, mixed_tiles, pingpong_tiles
 from tests.unit.test_dispatch import A100, B200, H200, INTERPRETER, problem
 
 
@@ -42,11 +42,16 @@ def test_tiles_of_pingpong_follow_the_device():
     assert groups(1024, 2048, 132) == (16, 16)
 
 
-@pytest.mark.parametrize(("rows", "i", "groups"), [(48, 2048, (1, 1)), (49, 2048, (16, 16)), (48, 14336, (16, 1))])
-def test_columns_of_an_expert_side_by_side(rows, i, groups):
+@pytest.mark.parametrize(("tiles", "group"), [(pingpong_tiles, 16), (blockscaled_tiles, 16), (mixed_tiles, 8)])
+def test_columns_of_an_expert_side_by_side(tiles, group):
     """With a row block an expert, unless there are too many columns."""
-    up, down = pingpong_tiles(problem(m=8 * rows, e=8, top_k=1, i=i))
-    assert (up.group_m, down.group_m) == groups
+
+    def groups(rows, i):
+        return tuple(tile.group_m for tile in tiles(problem(m=8 * rows, e=8, top_k=1, i=i)))
+
+    assert groups(48, 2048) == (1, 1)
+    assert groups(49, 2048) == (group, group)
+    assert groups(48, 14336) == (group, 1)
 
 
 @pytest.mark.parametrize(("i", "stages"), [(64, 4), (256, 4), (320, 5), (2048, 5)])
